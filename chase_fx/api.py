@@ -1,0 +1,61 @@
+"""The whole way in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from chase_fx.graphs.capture import trace
+from chase_fx.graphs.channels import Outputs, analyze
+from chase_fx.graphs.select import Score
+from chase_fx.graphs.traced import TracedModule
+from chase_fx.passes.rewrite import rewrite
+from chase_fx.passes.verify import verify as verify_slim
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    channel_sparsity: float = 0.5,
+    score: Score = "magnitude",
+    round_to: int = 1,
+    outputs: Outputs = None,
+    verify: bool = True,
+) -> TracedModule:
+    """Capture, analyse, plan, rewrite and verify.
+
+    Args:
+        model: any module; it is not changed.
+        args: example positional inputs: a tuple, or a single tensor.
+        kwargs: example keyword inputs.
+        channel_sparsity: share of the channels of each coupled axis to remove, in [0, 1).
+        score: ``"magnitude"``, ``"random"``, or a function from a group to (size,) scores; the lowest go.
+        round_to: kept widths are multiples of this where possible.
+        outputs: which outputs must keep their shape; default all.
+        verify: compare with the masked dense model before returning.
+
+    Returns:
+        The slim GraphModule; ``slim.plan`` tells what was kept.
+
+    Raises:
+        ChaseError: what, where, expected against found, and what to do; see :mod:`chase_fx.errors`.
+
+    Example:
+        >>> import torch, chase_fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> slim = chase_fx.prune(net, torch.zeros(1, 4), channel_sparsity=0.75)
+        >>> slim.get_submodule("0").weight.shape
+        torch.Size([2, 4])
+    """
+    traced = trace(model, args, kwargs)
+    plan = analyze(traced, outputs).plan(channel_sparsity, score, round_to)
+    slim = rewrite(traced, plan)
+    if verify:
+        verify_slim(traced, slim)
+    return slim

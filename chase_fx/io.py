@@ -1,0 +1,154 @@
+"""Saving and loading of slim modules: safetensors with the plan as JSON, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from chase_fx.errors import ArgumentError, CheckpointError
+from chase_fx.graphs.capture import trace
+from chase_fx.graphs.plan import PruningPlan
+from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.passes.rewrite import rewrite
+
+__all__ = ["load", "save"]
+
+_FORMAT = "chase-fx-1"
+_INPUT = "__input__."
+_SMALL = 65536  # float inputs up to this many values are stored as they are; larger ones by shape
+
+
+def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
+    """Write a slim module: its tensors, the plan and the example inputs that it was captured with.
+
+    The file is written beside ``path`` first and moved there when complete, so a crash leaves the old file.
+
+    Raises:
+        ArgumentError: ``slim`` did not come from a rewrite, or its example inputs can't be stored (then pass them to
+            :func:`load`).
+    """
+    info = capture_of(slim)
+    if slim.plan is None:
+        raise ArgumentError("only slim modules can be saved; make one with chase_fx.rewrite or chase_fx.prune")
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in slim.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"the extra state '{name}' is no tensor and can't be stored in safetensors")
+        if id(tensor) in seen:
+            aliases[name] = seen[id(tensor)]
+            continue
+        seen[id(tensor)] = name
+        tensors[name] = tensor.detach().contiguous().clone()
+    spec = {"args": _describe(info.args, tensors, "args"), "kwargs": _describe(info.kwargs, tensors, "kwargs")}
+    metadata = {
+        "format": _FORMAT,
+        "plan": slim.plan.to_json(),
+        "inputs": json.dumps(spec),
+        "aliases": json.dumps(aliases),
+        "model": info.model,
+    }
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, args: Any = None, kwargs: Mapping[str, Any] | None = None
+) -> TracedModule:
+    """Read a slim module back.
+
+    Args:
+        path: what :func:`save` wrote.
+        model: the dense model, with any weights: it gives the code and the structure.
+        args: example inputs; by default those that the slim module was captured with.
+        kwargs: example keyword inputs, likewise.
+
+    Raises:
+        CheckpointError: the file is truncated, tampered with or of another format.
+        PlanMismatchError: ``model`` is not the architecture that was pruned.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as f:  # type: ignore[no-untyped-call]
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, ValueError) as e:
+        raise CheckpointError(f"{path} is no complete safetensors file: {e}") from e
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: expected format {_FORMAT}, found {metadata.get('format')!r}")
+    try:
+        plan = PruningPlan.from_json(metadata["plan"])
+        spec = json.loads(metadata["inputs"])
+        aliases: dict[str, str] = json.loads(metadata["aliases"])
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"{path}: metadata is damaged ({type(e).__name__}: {e})") from e
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if args is None and kwargs is None:
+        args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)
+    slim = rewrite(trace(model, () if args is None else args, kwargs), plan)
+    state = {name: t for name, t in tensors.items() if not name.startswith(_INPUT)}
+    state.update({alias: state[name] for alias, name in aliases.items() if name in state})
+    own = slim.state_dict()
+    for name in {**own, **state}:
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is {_shape(state.get(name))} in the file, {_shape(own.get(name))} by its plan"
+            )
+    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        slim = slim.to(dtypes.pop())
+    slim.load_state_dict(state)
+    return slim
+
+
+def _shape(tensor: torch.Tensor | None) -> object:
+    return "missing" if tensor is None else tuple(tensor.shape)
+
+
+def _describe(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
+    """Example inputs as JSON; tensors whose values matter (indices, masks) go to the file."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel() > _SMALL:
+            return {"t": "tensor", "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        tensors[f"{_INPUT}{path}"] = value.detach().contiguous().clone()
+        return {"t": "stored", "name": f"{_INPUT}{path}"}
+    if type(value) in (tuple, list):
+        return {"t": type(value).__name__, "v": [_describe(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]}
+    if type(value) is dict:
+        return {"t": "dict", "v": {k: _describe(v, tensors, f"{path}.{k}") for k, v in value.items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"t": "value", "v": value}
+    raise ArgumentError(f"example input {path} of type {type(value).__name__} can't be stored in a file")
+
+
+def _restore(spec: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+    kind = spec["t"]
+    if kind == "tensor":
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, spec["dtype"])
+        return torch.randn(spec["shape"], generator=generator).to(device, dtype)
+    if kind == "stored":
+        return tensors[spec["name"]].to(device)
+    if kind == "dict":
+        return {k: _restore(v, tensors, device) for k, v in spec["v"].items()}
+    if kind in ("tuple", "list"):
+        items = [_restore(v, tensors, device) for v in spec["v"]]
+        return tuple(items) if kind == "tuple" else items
+    return spec["v"]

@@ -1,0 +1,158 @@
+"""The channel rule: when units are removed, how many, and what happens to their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chase_fx.errors import ArgumentError
+from chase_fx.sparse.masks import SparseWeights
+from chase_fx.sparse.ranking import ChannelCount, choose
+from chase_fx.sparse.schedule import cubic
+from chase_fx.sparse.structure import GroupLike, MemberLike
+from chase_fx.sparse.unit_score import Slices, Units, UnitScore, umm
+
+__all__ = ["ChannelRule", "ChannelState", "floor_of"]
+
+
+def floor_of(size: int, channel_sparsity: float, beta: float) -> int:
+    """Units that a group of ``size`` must keep: ``floor(size * (1 - S_c) * beta)``, at least one.
+
+    >>> floor_of(64, 0.5, 0.2), floor_of(4, 0.9, 0.2)
+    (6, 1)
+    """
+    return max(1, math.floor(size * (1 - channel_sparsity) * beta + 1e-9))
+
+
+@dataclass(frozen=True)
+class ChannelRule:
+    """Remove the share ``S_c`` of all prunable channels along a cubic, an event every ``interval`` steps up to ``end``.
+
+    Attributes:
+        sparsity: S_c, the share of prunable channels removed in the end.
+        beta: how much of its uniform share each group must keep.
+        score: the unit score.
+        round_to: groups give units so that the number left is a multiple of it.
+    """
+
+    sparsity: float
+    interval: int
+    end: int
+    beta: float = 0.2
+    score: UnitScore = umm
+    round_to: int = 1
+
+    def at(self, step: int) -> float | None:
+        """The share removed after the event at ``step``, or ``None`` when there is no event.
+
+        >>> rule = ChannelRule(0.5, interval=10, end=20)
+        >>> rule.at(5), rule.at(10), rule.at(20), rule.at(30)
+        (None, 0.4375, 0.5, None)
+        """
+        if not self.sparsity or step > self.end or (step % self.interval and step != self.end):
+            return None
+        return self.sparsity * cubic(step, 0, self.end)
+
+
+class ChannelState:
+    """What is left of each group, and the history of removals.
+
+    ``kept`` and ``history`` are in the numbering of the groups as they were when training began. After a live shrink
+    the parameters have fewer indices than that; ``ids`` maps the units they still have to the first numbering.
+    """
+
+    def __init__(self, groups: Sequence[GroupLike], module: nn.Module, rule: ChannelRule) -> None:
+        self.rule = rule
+        self.first = tuple(groups)
+        self.kept = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
+        # A group of one unit can never lose it: it is no prunable channel and does not count in the share.
+        self.count = ChannelCount.of([group for group in groups if group.size > 1])
+        self.channels = self.count.total({group.name: group.size for group in groups})
+        self.floors = {group.name: floor_of(group.size, rule.sparsity, rule.beta) for group in groups}
+        self.history: list[dict[str, Any]] = []
+        self.shortfall = 0
+        self.rebase(groups, module)
+
+    def rebase(self, groups: Sequence[GroupLike], module: nn.Module) -> None:
+        """Look the groups' parameters up; again after a live shrink, with the groups of what is left."""
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        canonical = {id(parameter): name for name, parameter in module.named_parameters()}
+        buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        self.units = tuple(
+            Units(group, tuple(s for m in group.members if (s := _slices(m, parameters, canonical, buffers))))
+            for group in groups
+        )
+        self.ids = {name: mask.nonzero().squeeze(1) for name, mask in self.kept.items()}
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Units left per group."""
+        return {name: int(mask.count_nonzero()) for name, mask in self.kept.items()}
+
+    @property
+    def removed(self) -> int:
+        """Channels removed so far; a product axis counts its channels, not its units."""
+        return self.channels - self.count.total(self.left)
+
+    def event(self, step: int, share: float, weights: SparseWeights) -> bool:
+        """Remove what the schedule wants removed at ``step``; whether anything was."""
+        quota = round(share * self.channels) - self.removed
+        scores = {
+            units.group.name: self._score(units, weights) for units in self.units if units.group.name in self._ranked
+        }
+        kept = {name: self.kept[name][self.ids[name]] for name in scores}
+        gone = choose(scores, kept, self.floors, self.count, quota=quota, round_to=self.rule.round_to)
+        self.remove({name: self.ids[name][indices] for name, indices in gone.items()}, weights)
+        if gone:
+            self.history.append(
+                {"step": step, "removed": {name: self.ids[name][i].tolist() for name, i in gone.items()}}
+            )
+        self.shortfall = max(0, round(share * self.channels) - self.removed)
+        return bool(gone)
+
+    @property
+    def _ranked(self) -> set[str]:
+        return {name for term in self.count.terms for name in term}
+
+    def _score(self, units: Units, weights: SparseWeights) -> Tensor:
+        scores = self.rule.score(units, weights.alive).detach().double().cpu()
+        if scores.shape != (units.group.size,):
+            msg = (
+                f"the channel score gave shape {tuple(scores.shape)} for group {units.group.name!r}; expected one "
+                f"number per unit, ({units.group.size},)"
+            )
+            raise ArgumentError(msg)
+        return scores
+
+    def remove(self, gone: Mapping[str, Tensor], weights: SparseWeights) -> None:
+        """Take units (in the first numbering) away: masks of every member follow, weights at the next ``apply``."""
+        for units in self.units:
+            name = units.group.name
+            if name not in gone:
+                continue
+            self.kept[name][gone[name]] = False
+            local = torch.isin(self.ids[name], gone[name]).nonzero().squeeze(1)
+            for part in units.slices:
+                weights.remove(part.name, part.parameter, part.dim, part.positions[local])
+        weights.settle()
+
+
+def _slices(
+    member: MemberLike, parameters: Mapping[str, nn.Parameter], canonical: Mapping[int, str], buffers: set[str]
+) -> Slices | None:
+    if member.tensor in buffers:
+        return None
+    if member.tensor not in parameters:
+        msg = (
+            f"the channel groups name {member.tensor!r}, which is no parameter or buffer of the module; analyse the "
+            f"very module that is trained"
+        )
+        raise ArgumentError(msg)
+    parameter = parameters[member.tensor]
+    # Tied parameters are known by the first of their names, so that both names lead to the same masks.
+    return Slices(canonical[id(parameter)], parameter, member.dim, member.positions.cpu(), member.producer)

@@ -1,0 +1,120 @@
+"""Which units go next: the lowest scores of all groups together, above floors, in exact numbers.
+
+Channels are counted along the axes of the tensors. Most axes belong to one group, and a unit is a channel. Some are
+products: an axis of heads x head_dim belongs to two groups, and a channel stays iff both its units do. Such an axis
+counts as one product, kept heads times kept dims, and a head costs as many channels as there are dims left. So a share
+of 50 % means half of that *axis*: were the units counted instead, half the heads and half the dims would go, three
+quarters of the axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+import torch
+from torch import Tensor
+
+from chase_fx.sparse.structure import GroupLike
+
+__all__ = ["ChannelCount", "choose"]
+
+
+@dataclass(frozen=True)
+class ChannelCount:
+    """How many channels a choice of units stands for.
+
+    Attributes:
+        terms: sets of groups whose units multiply along some axis; a group without partner is a term of its own.
+    """
+
+    terms: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupLike]) -> ChannelCount:
+        """The terms of ``groups``: groups are partners where they share an index of an axis.
+
+        Groups that lie side by side on an axis (a concatenation) are no partners.
+        """
+        on_axis: dict[tuple[str, int], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for group in groups:
+            for member in group.members:
+                on_axis[member.tensor, member.dim][group.name].update(member.positions.reshape(-1).tolist())
+        products: dict[tuple[str, ...], None] = {}
+        for owners in on_axis.values():
+            if len(owners) > 1 and sum(map(len, owners.values())) > len(set().union(*owners.values())):
+                for a, b in combinations(owners, 2):
+                    if owners[a] & owners[b]:
+                        products[tuple(sorted((a, b)))] = None
+        partnered = {name for term in products for name in term}
+        alone = [(group.name,) for group in groups if group.name not in partnered]
+        return cls((*alone, *products))
+
+    def total(self, units: Mapping[str, int]) -> int:
+        """Channels, where group ``name`` has ``units[name]`` units."""
+        return sum(math.prod(units[name] for name in term) for term in self.terms)
+
+    def partners(self) -> dict[str, list[tuple[str, ...]]]:
+        """Per group and term the other groups: one unit stands for the product of their units, summed over terms."""
+        result: dict[str, list[tuple[str, ...]]] = {}
+        for term in self.terms:
+            for name in term:
+                result.setdefault(name, []).append(tuple(other for other in term if other != name))
+        return result
+
+
+def choose(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    floors: Mapping[str, int],
+    count: ChannelCount,
+    *,
+    quota: int,
+    round_to: int = 1,
+) -> dict[str, Tensor]:
+    """The units to remove now: lowest scores first, at most ``quota`` channels.
+
+    A group at its floor gives nothing, and what it may not give is taken from the next lowest scores elsewhere. One
+    pass over a finite list, so floors that cannot be met end it instead of stalling it. With ``round_to``, a group
+    gives its lowest units in blocks that leave a multiple of it, ranked by their mean score.
+
+    Args:
+        scores: per group Tensor (size,), float64.
+        kept: per group BoolTensor (size,) of the units left.
+        floors: per group the units that must stay.
+        count: how units count as channels.
+        quota: channels to remove.
+        round_to: multiple that groups are brought to.
+
+    Returns:
+        Per group the LongTensor of units to remove, ascending; groups that give nothing are left out.
+    """
+    units = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
+    partners = count.partners()
+    blocks: list[tuple[float, int, str, list[int]]] = []
+    for order, (name, mask) in enumerate(kept.items()):
+        left = mask.nonzero().squeeze(1)
+        ranked = left[torch.sort(scores[name][left], stable=True).indices]
+        values, first = scores[name][ranked].tolist(), len(ranked) % round_to or round_to
+        bounds = [0, *range(first, len(ranked) + 1, round_to)]
+        for start, end in pairwise(bounds):
+            mean = values[start] if end == start + 1 else math.fsum(values[start:end]) / (end - start)
+            blocks.append((-math.inf if math.isnan(mean) else mean, order, name, ranked[start:end].tolist()))
+    blocks.sort(key=lambda block: (block[0], block[1]))
+    removed: dict[str, list[int]] = {}
+    closed: set[str] = set()
+    for _, _, name, block in blocks:
+        if quota <= 0:
+            break
+        rest = units[name] - len(block)
+        price = len(block) * sum(math.prod(units[other] for other in others) for others in partners[name])
+        if name in closed or rest < max(1, floors[name]) or price > quota:
+            closed.add(name)  # its later blocks score higher, so they wait for another event
+            continue
+        units[name] = rest
+        quota -= price
+        removed.setdefault(name, []).extend(block)
+    return {name: torch.tensor(sorted(indices)) for name, indices in removed.items()}

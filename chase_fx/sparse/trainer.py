@@ -1,0 +1,324 @@
+"""The engine: one stateful object that turns a dense training loop into a sparse one.
+
+Every method is this class with another :class:`~chase_fx.sparse.recipe.Recipe`; see :mod:`chase_fx.sparse.methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from chase_fx.errors import ArgumentError, NothingToPruneError
+from chase_fx.sparse import distribution as distributions
+from chase_fx.sparse.channels import ChannelRule, ChannelState
+from chase_fx.sparse.check import check_count, check_share
+from chase_fx.sparse.masks import Choice, SparseWeights, maskable
+from chase_fx.sparse.optim import require_held
+from chase_fx.sparse.recipe import Counts, Recipe
+from chase_fx.sparse.schedule import Refill, Targets, interval_for
+from chase_fx.sparse.shrink import shrink_in_place
+from chase_fx.sparse.state import RunState
+from chase_fx.sparse.structure import ChannelsLike, Rewrite, Shrinker, provided
+from chase_fx.sparse.unit_score import UnitScore
+from chase_fx.sparse.unit_score import resolve as resolve_score
+
+__all__ = ["Common", "Options", "SparseTrainer"]
+
+
+class Options(TypedDict, total=False):
+    """Options that every method takes; :class:`SparseTrainer` says what they mean."""
+
+    channel_interval: int | None
+    channels_until: float | None
+    channel_score: str | UnitScore
+    round_to: int
+    live_shrink: bool
+    refill: float
+    seed: int
+    channels: ChannelsLike | None
+    rewrite: Rewrite | None
+    shrink: Shrinker | None
+    parameters: Choice
+    embeddings: bool
+
+
+class Common(Options, total=False):
+    """Those, and the two that Chase has defaults of its own for."""
+
+    channel_sparsity: float
+    beta: float
+
+
+class SparseTrainer:
+    """Keeps a module sparse while it trains, and removes channels on the way.
+
+    The loop is ``loss.backward(); optimizer.step(); trainer.step(); optimizer.zero_grad()``: the gradients must still
+    be there in ``trainer.step()``, where they serve as the dense gradients of update steps. Build the trainer before
+    any state is loaded: it draws its first masks, and zeroes the weights outside, at once.
+
+    Args:
+        module: what is trained; any module where no channels go, else a traced one (or give ``channels`` and
+            ``rewrite``).
+        optimizer: holds the module's parameters; any optimizer, its state is recognised by shape.
+        recipe: the method.
+        total_steps: length of the run in optimizer steps; all schedules are stretched over it.
+        sparsity: share of the masked weights that is zero at the end, in [0, 1).
+        channel_sparsity: share of the prunable channels removed at the end, in [0, 1).
+        beta: every group keeps ``floor(size * (1 - channel_sparsity) * beta)`` units, at least one.
+        channel_interval: steps between channel events; ``None``: 1000, or total_steps / 25 in a shorter run.
+        channels_until: share of the run after which the channel set is final; ``None``: 0.8, or 0.5 with ``refill``.
+        channel_score: name or function, see :mod:`chase_fx.sparse.unit_score`.
+        round_to: groups keep multiples of this many units where they start with one.
+        live_shrink: cut removed channels off during training, not only at the end.
+        refill: share of the empty places in the kept channels that is filled up again once the channel set is final.
+        seed: of the trainer's own random generator; the global one is neither read nor changed.
+        channels: the channel groups; ``None``: those of the traced module.
+        rewrite, shrink: cut a module to a plan, and in place; ``None``: those of the traced module.
+        parameters: names of, or a predicate for, the weights to mask; ``None``: see
+            :func:`~chase_fx.sparse.masks.maskable`.
+        embeddings: whether embedding tables are masked by default.
+
+    Raises:
+        ArgumentError: a value that no run could honour.
+        NothingToPruneError: no weights to mask, or channels to remove but none that can go.
+        OptimizerMismatchError: the optimizer does not hold the module's weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        sparsity: float = 0.9,
+        channel_sparsity: float = 0.0,
+        beta: float = 0.2,
+        channel_interval: int | None = None,
+        channels_until: float | None = None,
+        channel_score: str | UnitScore = "umm",
+        round_to: int = 1,
+        live_shrink: bool = False,
+        refill: float = 0.0,
+        seed: int = 0,
+        channels: ChannelsLike | None = None,
+        rewrite: Rewrite | None = None,
+        shrink: Shrinker | None = None,
+        parameters: Choice = None,
+        embeddings: bool = True,
+    ) -> None:
+        check_share("sparsity", sparsity)
+        check_share("channel_sparsity", channel_sparsity)
+        check_share("beta", beta, closed=True)
+        check_share("refill", refill, closed=True)
+        check_count("total_steps", total_steps)
+        check_count("round_to", round_to)
+        check_count("channel_interval", channel_interval)
+        until = channels_until if channels_until is not None else (0.5 if refill else 0.8)
+        check_share("channels_until", until, closed=True)
+        self.module, self.optimizer, self.recipe = module, optimizer, recipe
+        self.total_steps, self.sparsity, self.channel_sparsity = total_steps, sparsity, channel_sparsity
+        self._weights = SparseWeights(maskable(module, parameters, embeddings=embeddings), optimizer)
+        require_held(optimizer, zip(self._weights.names, self._weights.parameters, strict=True))
+        self._find_tools(channels, rewrite, shrink, live_shrink)
+        rule = ChannelRule(
+            channel_sparsity,
+            interval=channel_interval or interval_for(total_steps, 1000, 25),
+            end=max(1, round(until * total_steps)),
+            beta=beta,
+            score=resolve_score(channel_score),
+            round_to=round_to,
+        )
+        self._channels = ChannelState(self._groups(), module, rule)
+        touched = {
+            p.name: p.parameter for units in self._channels.units for p in units.slices if p.parameter.requires_grad
+        }
+        require_held(optimizer, touched.items())
+        if channel_sparsity and not self._channels.channels:
+            msg = (
+                f"channel_sparsity={channel_sparsity}, but {type(module).__name__} has no channel that could go: found "
+                f"{len(self._channels.first)} groups, none with more than one unit; see channels.frozen for the reasons"
+            )
+            raise NothingToPruneError(msg)
+        self._live_shrink = live_shrink and bool(channel_sparsity)
+        self._followers: list[nn.Module] = []
+        self._run = RunState(
+            {
+                "method": recipe.name,
+                "total_steps": total_steps,
+                "sparsity": sparsity,
+                "channel_sparsity": channel_sparsity,
+                "live_shrink": self._live_shrink,
+                "size": self._weights.size,
+            },
+            self._weights,
+            self._channels,
+            torch.Generator().manual_seed(seed),
+            self._cut if self._live_shrink else None,
+        )
+        self._schedule = recipe.schedule
+        if refill:
+            start = rule.end if channel_sparsity else max(1, total_steps // 2)
+            interval = interval_for(total_steps, 1000, 50)
+            self._schedule = Refill(
+                recipe.schedule, 1 - sparsity, refill, interval, start, max(start, round(0.9 * total_steps))
+            )
+        self._draw()
+
+    def _find_tools(
+        self, channels: ChannelsLike | None, rewrite: Rewrite | None, shrink: Shrinker | None, live_shrink: bool
+    ) -> None:
+        provider = provided(self.module)
+        if channels is None and provider is not None and self.channel_sparsity:
+            channels = provider.analyze(self.module)
+        if rewrite is None and provider is not None:
+            rewrite = provider.rewrite
+        if shrink is None and provider is not None and live_shrink and channels is not None:
+            shrink = provider.shrinker(self.module, channels)
+        self.channels, self._rewrite, self._shrink = channels, rewrite, shrink
+        if self.channel_sparsity and channels is None:
+            msg = (
+                f"channel_sparsity={self.channel_sparsity} needs to know which channels are coupled, but "
+                f"{type(self.module).__name__} is no traced module. Train chase_fx.trace(model, args) or give channels="
+            )
+            raise ArgumentError(msg)
+        if live_shrink and self.channel_sparsity and shrink is None:
+            msg = (
+                f"live_shrink=True needs to cut {type(self.module).__name__} in place, but it is no traced module. "
+                f"Train chase_fx.trace(model, args), or give shrink="
+            )
+            raise ArgumentError(msg)
+
+    def _groups(self) -> Any:
+        return self.channels.groups if self.channels is not None and self.channel_sparsity else ()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """The initial masks, and the update that the recipe wants before the first step."""
+        weights, recipe = self._weights, self.recipe
+        sizes = weights.capacities()
+        budget = distributions.dense_count(sizes, recipe.density)
+        counts = recipe.update.start(weights.shapes, recipe.distribution(weights.shapes, budget))
+        for mask, count in zip(weights.masks, counts, strict=True):
+            if count < mask.numel():
+                mask.copy_(recipe.update.draw(mask.shape, count, self._run.generator))
+        self._run.budget = weights.nnz
+        weights.apply()
+        if recipe.at_start is not None and weights.has_gradients:
+            self._update(recipe.at_start)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Do what is due after one optimizer step: mask, and on update steps remove channels, drop and grow."""
+        self._run.step += 1
+        step, weights = self._run.step, self._weights
+        weights.apply()
+        targets, share = self._schedule.at(step), self._channels.rule.at(step)
+        removed = share is not None and self._channels.event(step, share, weights)
+        if removed:
+            weights.apply()
+            if self._live_shrink:
+                self._cut()
+        if targets is not None:
+            self._update(targets)
+        elif removed:
+            self._update(Targets(self._run.budget / weights.size))
+
+    def _cut(self) -> None:
+        assert self._shrink is not None, "live shrink without a shrinker is refused when the trainer is built"
+        shrink_in_place(self.module, self._weights, self._channels, self._shrink, self._followers)
+
+    def follow(self, copy: nn.Module) -> None:
+        """Let live shrink cut ``copy`` too: a module with the same parameter names, e.g. ``AveragedModel.module``."""
+        self._followers.append(copy)
+
+    def _update(self, targets: Targets) -> None:
+        weights = self._weights
+        capacity = weights.capacity()
+        wanted = max(1, round(targets.grow * weights.size))
+        end = min(wanted, capacity)
+        # Where the channels left hold fewer weights than wanted, the share dropped refers to what they hold.
+        drop = round(targets.drop * weights.size * end / wanted)
+        end += round(targets.fill * (capacity - end))
+        prune = weights.size if targets.prune is None else round(targets.prune * weights.size)
+        counts = Counts(prune, drop, end)
+        self._run.budget = self.recipe.update(weights, counts, targets.fill > 0, self._run.generator)
+        weights.note_coverage()
+
+    def finalize(self) -> nn.Module:
+        """The trained module without its removed channels, for ``torch.compile``; weights outside the masks are zero.
+
+        Returns:
+            ``rewrite(module, channels.plan_keeping(kept))`` where the module is traced or ``rewrite`` was given: a slim
+            copy. The module itself where nothing can cut it, or where live shrink has cut it already.
+        """
+        self._weights.apply()
+        if self._rewrite is None or self._live_shrink:
+            return self.module
+        channels = self.channels
+        if channels is None and (provider := provided(self.module)) is not None:
+            channels = provider.analyze(self.module)
+        if channels is None:
+            return self.module
+        return self._rewrite(self.module, channels.plan_keeping(dict(self._channels.kept)))
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Per masked weight a BoolTensor of its shape, True where it is active."""
+        return MappingProxyType(dict(zip(self._weights.names, self._weights.masks, strict=True)))
+
+    @property
+    def nnz(self) -> int:
+        """Active weights, counted now."""
+        return self._weights.nnz
+
+    @property
+    def budget(self) -> int:
+        """What ``nnz`` must equal right now: the aim of the latest update, or all places left where they are fewer."""
+        return self._run.budget
+
+    @property
+    def channels_left(self) -> Mapping[str, int]:
+        """Units left per group."""
+        return MappingProxyType(self._channels.left)
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """Per group a BoolTensor (size,) of the units left, in the numbering of the groups when training began."""
+        return MappingProxyType(self._channels.kept)
+
+    @property
+    def channel_history(self) -> list[dict[str, Any]]:
+        """Every channel event that removed something: its step and the units removed per group."""
+        return list(self._channels.history)
+
+    @property
+    def channel_shortfall(self) -> int:
+        """Channels that the latest event should have removed and could not, because of floors or rounding."""
+        return self._channels.shortfall
+
+    @property
+    def steps_done(self) -> int:
+        """Calls of :meth:`step` so far."""
+        return self._run.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on beside module and optimizer: tensors, numbers and strings.
+
+        To resume bit-exactly: build module, optimizer and trainer as before, then load this state, the module's and the
+        optimizer's, in this order.
+        """
+        return self._run.pack()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            CheckpointError: the state belongs to another method, module or budget.
+        """
+        self._run.unpack(state)

@@ -1,0 +1,440 @@
+"""The algebra of axes: what is known about which indices of a tensor's dim go or stay together.
+
+An axis of size ``n`` is one of
+
+``Atom``   ``n`` independent units: any non-empty subset of the indices may be kept.
+``Fixed``  every index is kept (batch, spatial, outputs, whatever could not be proven); carries the reason.
+``Cat``    axes laid end to end: ``cat``, ``split``, slices.
+``Prod``   index ``(i, j)`` in row-major order is kept iff ``i`` is kept in the first factor *and* ``j`` in the second:
+           flatten, view, groups x channels in a group, heads x head_dim.
+
+Operators only ever *equate* axes (:meth:`Axes.unify`); that is first-order unification. An atom that is equated with
+something is bound to it, and an atom that has to be cut (by a slice) or factored (by a view) is bound to the pieces, so
+everybody who holds the atom sees the refinement. A kept set that is a product in two ways is a product of the common
+refinement of both, so refining loses nothing. Where no refinement exists the axis is frozen, which always satisfies every
+equation: keeping everything is the one solution that all constraints share. That is why the analysis can be too careful
+but not wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Atom", "Axes", "Axis", "Cat", "Cause", "Fixed", "Prod", "atoms_of", "keep_mask", "kept_count", "resolve"]
+
+BoolArray = npt.NDArray[np.bool_]
+AxisName = tuple[str, int]
+
+# A misaligned cut of a product repeats its rows explicitly; past this many rows the axis is frozen instead.
+_MAX_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Who asked for a coupling or a freeze: the FX node, the ATen operator and the user's source line."""
+
+    node: str
+    op: str
+    source: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        what = f"{self.detail}: " if self.detail else ""
+        return f"{what}{self.op} at node '{self.node}'{where}"
+
+
+class Axis:
+    """Base of the four kinds; ``size`` is the dense number of indices."""
+
+    __slots__ = ("size",)
+    size: int
+
+
+class Atom(Axis):
+    """``size`` units that nothing ties to each other. ``ref`` is what the atom was found to equal, once it was."""
+
+    __slots__ = ("carrier", "owner", "ref", "serial", "weak")
+
+    def __init__(self, size: int, owner: AxisName, serial: int) -> None:
+        self.size = size
+        self.owner = owner
+        self.ref: Axis | None = None
+        self.serial = serial
+        self.carrier = False  # a head or a convolution group: the first choice of what to remove in a product
+        self.weak = False  # born of an expand: the last choice
+
+    def __repr__(self) -> str:
+        return f"{self.owner[0]}:{self.owner[1]}[{self.size}]"
+
+
+class Fixed(Axis):
+    """An axis that keeps all of its indices, and why."""
+
+    __slots__ = ("cause",)
+
+    def __init__(self, size: int, cause: Cause) -> None:
+        self.size = size
+        self.cause = cause
+
+    def __repr__(self) -> str:
+        return f"fixed[{self.size}]"
+
+
+class Cat(Axis):
+    """Axes laid end to end."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Iterable[Axis]) -> None:
+        self.parts = tuple(parts)
+        self.size = sum(p.size for p in self.parts)
+
+    def __repr__(self) -> str:
+        return "cat(" + ", ".join(map(repr, self.parts)) + ")"
+
+
+class Prod(Axis):
+    """Row-major product of axes."""
+
+    __slots__ = ("factors",)
+
+    def __init__(self, factors: Iterable[Axis]) -> None:
+        self.factors = tuple(factors)
+        self.size = math.prod(f.size for f in self.factors)
+
+    def __repr__(self) -> str:
+        return "prod(" + ", ".join(map(repr, self.factors)) + ")"
+
+
+_TRIVIAL = Cause("", "size 1")
+
+
+def resolve(axis: Axis) -> Axis:
+    """The normal form of ``axis`` under the bindings made so far.
+
+    Chains are followed, nested ``Cat`` and ``Prod`` are flattened, neighbouring ``Fixed`` are merged, and empty parts
+    and unit factors are dropped.
+    """
+    if isinstance(axis, Atom):
+        if axis.ref is None:
+            return axis
+        root = resolve(axis.ref)
+        axis.ref = root
+        return root
+    if isinstance(axis, Cat):
+        return _resolve_cat(axis)
+    if isinstance(axis, Prod):
+        return _resolve_prod(axis)
+    return axis
+
+
+def _resolve_cat(axis: Cat) -> Axis:
+    parts: list[Axis] = []
+    changed = False
+    for part in axis.parts:
+        new = resolve(part)
+        changed = changed or new is not part
+        for p in new.parts if isinstance(new, Cat) else (new,):
+            if p.size == 0:
+                changed = True
+            elif parts and isinstance(p, Fixed) and isinstance(parts[-1], Fixed):
+                parts[-1] = Fixed(parts[-1].size + p.size, parts[-1].cause)
+                changed = True
+            else:
+                parts.append(p)
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Fixed(0, _TRIVIAL)
+    return Cat(parts) if changed else axis
+
+
+def _resolve_prod(axis: Prod) -> Axis:
+    factors: list[Axis] = []
+    changed = False
+    for factor in axis.factors:
+        new = resolve(factor)
+        changed = changed or new is not factor
+        for f in new.factors if isinstance(new, Prod) else (new,):
+            if f.size == 1:
+                changed = True
+            elif factors and isinstance(f, Fixed) and isinstance(factors[-1], Fixed):
+                factors[-1] = Fixed(factors[-1].size * f.size, factors[-1].cause)
+                changed = True
+            else:
+                factors.append(f)
+    if len(factors) == 1:
+        return factors[0]
+    if not factors:
+        return Fixed(1, _TRIVIAL)
+    return Prod(factors) if changed else axis
+
+
+def atoms_of(axis: Axis) -> Iterator[Atom]:
+    """Every live atom of the normal form, left to right, repeated where it occurs twice."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        yield axis
+    elif isinstance(axis, Cat):
+        for part in axis.parts:
+            yield from atoms_of(part)
+    elif isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from atoms_of(factor)
+
+
+def fixed_of(axis: Axis) -> Iterator[Fixed]:
+    """Every frozen piece of the normal form, left to right."""
+    axis = resolve(axis)
+    if isinstance(axis, Fixed):
+        yield axis
+    elif isinstance(axis, Cat):
+        for part in axis.parts:
+            yield from fixed_of(part)
+    elif isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from fixed_of(factor)
+
+
+def keep_mask(axis: Axis, kept: Mapping[Atom, BoolArray]) -> BoolArray | None:
+    """Which of the ``size`` indices stay, given the kept units of each atom; ``None`` stands for all of them."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return kept.get(axis)
+    if isinstance(axis, Cat):
+        masks = [keep_mask(p, kept) for p in axis.parts]
+        if all(m is None for m in masks):
+            return None
+        full = [np.ones(p.size, dtype=np.bool_) if m is None else m for p, m in zip(axis.parts, masks, strict=True)]
+        return np.concatenate(full)
+    if isinstance(axis, Prod):
+        masks = [keep_mask(f, kept) for f in axis.factors]
+        if all(m is None for m in masks):
+            return None
+        out = np.ones(1, dtype=np.bool_)
+        for factor, mask in zip(axis.factors, masks, strict=True):
+            m = np.ones(factor.size, dtype=np.bool_) if mask is None else mask
+            out = np.logical_and.outer(out, m).reshape(-1)
+        return out
+    return None
+
+
+def kept_count(axis: Axis, kept: Mapping[Atom, int]) -> int:
+    """How many indices stay, given the number of kept units of each atom (missing: all)."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return kept.get(axis, axis.size)
+    if isinstance(axis, Cat):
+        return sum(kept_count(p, kept) for p in axis.parts)
+    if isinstance(axis, Prod):
+        return math.prod(kept_count(f, kept) for f in axis.factors)
+    return axis.size
+
+
+class Axes:
+    """A store of atoms with the three operations that rules use: ``unify``, ``take`` and ``split``."""
+
+    def __init__(self) -> None:
+        self._serial = 0
+
+    def atom(self, size: int, owner: AxisName) -> Axis:
+        """A fresh axis of ``size`` free units. A single unit can never go, since its dim would be empty: fixed."""
+        if size <= 1:
+            return Fixed(size, _TRIVIAL)
+        self._serial += 1
+        return Atom(size, owner, self._serial)
+
+    def freeze(self, axis: Axis, cause: Cause) -> None:
+        """Keep every index of ``axis``, and so of all that is or will be equated with it."""
+        for atom in list(atoms_of(axis)):
+            if atom.ref is None:
+                atom.ref = Fixed(atom.size, cause)
+
+    def unify(self, a: Axis, b: Axis, cause: Cause) -> None:
+        """From now on index ``i`` of ``a`` is kept iff index ``i`` of ``b`` is. Sizes must agree."""
+        if a is b:
+            return
+        a, b = resolve(a), resolve(b)
+        if a is b:
+            return
+        if a.size != b.size:
+            raise AssertionError(f"axes of {a.size} and {b.size} indices can't be equated: {a!r}, {b!r} by {cause}")
+        if isinstance(a, Fixed):
+            self.freeze(b, a.cause)
+        elif isinstance(b, Fixed):
+            self.freeze(a, b.cause)
+        elif isinstance(a, Atom) and isinstance(b, Atom):
+            old, new = (a, b) if a.serial < b.serial else (b, a)
+            old.carrier = old.carrier or new.carrier
+            old.weak = old.weak and new.weak
+            new.ref = old
+        elif isinstance(a, Atom):
+            self._bind(a, b)
+        elif isinstance(b, Atom):
+            self._bind(b, a)
+        elif isinstance(a, Cat) and isinstance(b, Cat):
+            self._unify_cats(a, b, cause)
+        elif isinstance(a, Prod) and isinstance(b, Prod):
+            self._unify_prods(a, b, cause)
+        else:
+            cat, prod = (a, b) if isinstance(a, Cat) else (b, a)
+            assert isinstance(prod, Prod)
+            head = prod.factors[0]
+            first, rest = self.split(cat, head.size, cat.size // head.size, cause)
+            self.unify(first, head, cause)
+            self.unify(rest, Prod(prod.factors[1:]), cause)
+
+    def _bind(self, atom: Atom, axis: Axis) -> None:
+        atom.ref = axis
+
+    def _unify_cats(self, a: Cat, b: Cat, cause: Cause) -> None:
+        cuts = sorted(set(np.cumsum([p.size for p in a.parts])) | set(np.cumsum([p.size for p in b.parts])))
+        start = 0
+        for stop in cuts:
+            stop = int(stop)
+            self.unify(self.take(a, start, stop, cause), self.take(b, start, stop, cause), cause)
+            start = stop
+
+    def _unify_prods(self, a: Prod, b: Prod, cause: Cause) -> None:
+        x, y = a.factors[0], b.factors[0]
+        if x.size == y.size:
+            head, rest_a, rest_b = x, a.factors[1:], b.factors[1:]
+            self.unify(head, y, cause)
+        elif x.size % y.size == 0:
+            head, tail = self.split(x, y.size, x.size // y.size, cause)
+            self.unify(head, y, cause)
+            rest_a, rest_b = (tail, *a.factors[1:]), b.factors[1:]
+        elif y.size % x.size == 0:
+            head, tail = self.split(y, x.size, y.size // x.size, cause)
+            self.unify(head, x, cause)
+            rest_a, rest_b = a.factors[1:], (tail, *b.factors[1:])
+        else:
+            self._give_up((a, b), cause, f"no common refinement of {a!r} and {b!r}")
+            return
+        if rest_a:
+            self.unify(Prod(rest_a), Prod(rest_b), cause)
+
+    def _give_up(self, axes: Sequence[Axis], cause: Cause, detail: str) -> None:
+        reason = Cause(cause.node, cause.op, cause.source, detail)
+        for axis in axes:
+            self.freeze(axis, reason)
+
+    def take(self, axis: Axis, start: int, stop: int, cause: Cause) -> Axis:
+        """Indices ``start:stop`` of ``axis``; atoms that the cut runs through are refined."""
+        axis = resolve(axis)
+        if not 0 <= start <= stop <= axis.size:
+            raise AssertionError(f"cut {start}:{stop} outside {axis!r}")
+        if start == 0 and stop == axis.size:
+            return axis
+        if start == stop:
+            return Fixed(0, cause)
+        if isinstance(axis, Fixed):
+            return Fixed(stop - start, axis.cause)
+        if isinstance(axis, Atom):
+            bounds = [(0, start), (start, stop), (stop, axis.size)]
+            parts = [self._piece(axis, hi - lo, cause) for lo, hi in bounds]
+            self._bind(axis, Cat(p for p in parts if p.size))
+            return parts[1]
+        if isinstance(axis, Cat):
+            return self._take_cat(axis, start, stop, cause)
+        assert isinstance(axis, Prod)
+        return self._take_prod(axis, start, stop, cause)
+
+    def _piece(self, atom: Atom, size: int, cause: Cause) -> Axis:
+        if size == 1:
+            return Fixed(1, Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty"))
+        piece = self.atom(size, atom.owner)
+        if isinstance(piece, Atom):
+            piece.carrier, piece.weak = atom.carrier, atom.weak
+        return piece
+
+    def _take_cat(self, axis: Cat, start: int, stop: int, cause: Cause) -> Axis:
+        out: list[Axis] = []
+        offset = 0
+        for part in axis.parts:
+            lo, hi = max(start - offset, 0), min(stop - offset, part.size)
+            if lo < hi:
+                out.append(self.take(part, lo, hi, cause))
+            offset += part.size
+        return resolve(Cat(out))
+
+    def _take_prod(self, axis: Prod, start: int, stop: int, cause: Cause) -> Axis:
+        head, rest = axis.factors[0], resolve(Prod(axis.factors[1:]))
+        row = rest.size
+        if start % row == 0 and stop % row == 0:
+            return resolve(Prod((self.take(head, start // row, stop // row, cause), rest)))
+        # The cut runs through a row, so rows are no longer alike for the head: all of its rows stay.
+        self._give_up((head,), cause, f"cut {start}:{stop} through rows of {row}")
+        first, last = start // row, (stop - 1) // row
+        if first == last:
+            return self.take(rest, start - first * row, stop - first * row, cause)
+        out: list[Axis] = []
+        if start % row:
+            out.append(self.take(rest, start % row, row, cause))
+            first += 1
+        whole = stop // row - first
+        if whole:
+            out.append(Prod((Fixed(whole, cause), rest)))
+        if stop % row:
+            out.append(self.take(rest, 0, stop % row, cause))
+        return resolve(Cat(out))
+
+    def split(self, axis: Axis, p: int, q: int, cause: Cause) -> tuple[Axis, Axis]:
+        """Two axes of ``p`` and ``q`` indices whose product is ``axis`` (``p * q`` indices)."""
+        axis = resolve(axis)
+        if axis.size != p * q:
+            raise AssertionError(f"{axis!r} can't be split into {p} x {q}")
+        if p == 1:
+            return Fixed(1, _TRIVIAL), axis
+        if q == 1:
+            return axis, Fixed(1, _TRIVIAL)
+        if isinstance(axis, Fixed):
+            return Fixed(p, axis.cause), Fixed(q, axis.cause)
+        if isinstance(axis, Atom):
+            first, second = self.atom(p, axis.owner), self.atom(q, axis.owner)
+            self._bind(axis, Prod((first, second)))
+            return first, second
+        if isinstance(axis, Prod):
+            return self._split_prod(axis, p, q, cause)
+        assert isinstance(axis, Cat)
+        return self._split_cat(axis, p, q, cause)
+
+    def _split_prod(self, axis: Prod, p: int, q: int, cause: Cause) -> tuple[Axis, Axis]:
+        done = 1
+        for k, factor in enumerate(axis.factors):
+            if done == p:
+                return resolve(Prod(axis.factors[:k])), resolve(Prod(axis.factors[k:]))
+            if done * factor.size > p:
+                need = p // done
+                if p % done or factor.size % need:
+                    break
+                a, b = self.split(factor, need, factor.size // need, cause)
+                return resolve(Prod((*axis.factors[:k], a))), resolve(Prod((b, *axis.factors[k + 1 :])))
+            done *= factor.size
+        self._give_up((axis,), cause, f"{axis!r} has no factors {p} x {q}")
+        reason = Cause(cause.node, cause.op, cause.source, f"no factors {p} x {q}")
+        return Fixed(p, reason), Fixed(q, reason)
+
+    def _split_cat(self, axis: Cat, p: int, q: int, cause: Cause) -> tuple[Axis, Axis]:
+        if all(part.size % q == 0 for part in axis.parts):
+            pairs = [self.split(part, part.size // q, q, cause) for part in axis.parts]
+            row = pairs[0][1]
+            for _, other in pairs[1:]:
+                self.unify(row, other, cause)
+            return resolve(Cat(first for first, _ in pairs)), resolve(row)
+        if p > _MAX_ROWS:
+            self._give_up((axis,), cause, f"{p} rows of {q} don't align with {axis!r}")
+            reason = Cause(cause.node, cause.op, cause.source, f"no factors {p} x {q}")
+            return Fixed(p, reason), Fixed(q, reason)
+        # The boundaries lie inside rows: all rows stay, and they have to look alike.
+        row = self.take(axis, 0, q, cause)
+        for k in range(1, p):
+            self.unify(row, self.take(axis, k * q, (k + 1) * q, cause), cause)
+        reason = Cause(cause.node, cause.op, cause.source, f"parts don't align with rows of {q}")
+        return Fixed(p, reason), resolve(row)

@@ -1,0 +1,363 @@
+"""The channel dependency graph of a traced module: which axes are tied, in which units, by what, and what is frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import torch
+
+from chase_fx.errors import ArgumentError
+from chase_fx.graphs import select
+from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, fixed_of, keep_mask, resolve
+from chase_fx.graphs.labels import Labelling, Unknown, propagate
+from chase_fx.graphs.plan import Indices, PruningPlan
+from chase_fx.graphs.rules import DEFAULT_RULES, Rules
+from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
+
+__all__ = ["ChannelGraph", "Group", "Member", "Outputs", "analyze"]
+
+Outputs = str | int | Sequence[str | int] | Callable[[str], bool] | None
+AxisName = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis that a group touches.
+
+    Attributes:
+        tensor: name of a parameter or buffer.
+        dim: the dim of it.
+        positions: (size, k) long tensor; row i holds the indices along ``dim`` that belong to unit i.
+        producer: whether ``dim`` is the output dim of a contraction weight (the filters of a convolution).
+    """
+
+    tensor: str
+    dim: int
+    positions: torch.Tensor
+    producer: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Axes that are coupled. Unit i of a group stands for one slice (or several) of each member: they go together.
+
+    Attributes:
+        name: unique and stable: the first axis of the group, such as ``"layer1.0.conv1.weight:0"``.
+        size: the number of units.
+    """
+
+    name: str
+    size: int
+    atom: Atom
+    _channels: ChannelGraph
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """Every axis that the group touches, in the model's order."""
+        return self._channels._members(self.atom)
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, size={self.size}, axes={len(self.members)})"
+
+
+class ChannelGraph:
+    """The result of :func:`analyze`."""
+
+    def __init__(self, module: TracedModule, info: TraceInfo, labelling: Labelling, outputs: tuple[str, ...]) -> None:
+        self.labelling = labelling
+        self.outputs = outputs
+        self._module = module
+        self._info = info
+        self._touched: dict[Atom, list[AxisName]] = {}
+        for name, labels in labelling.state.items():
+            if name in info.aliases:
+                continue
+            for d, axis in enumerate(labels):
+                for atom in dict.fromkeys(atoms_of(axis)):
+                    self._touched.setdefault(atom, []).append((name, d))
+        self.groups: tuple[Group, ...] = tuple(self._make_groups())
+
+    def _make_groups(self) -> list[Group]:
+        count: dict[str, int] = {}
+        groups = []
+        for atom, touched in self._touched.items():
+            name, dim = touched[0]
+            base = f"{name}:{dim}"
+            k = count.get(base, 0)
+            count[base] = k + 1
+            groups.append(Group(f"{base}#{k}" if k else base, atom.size, atom, self))
+        return groups
+
+    def _members(self, atom: Atom) -> tuple[Member, ...]:
+        members = []
+        for name, d in self._touched[atom]:
+            units = _units(self.labelling.state[name][d], atom)
+            k = len(units) // atom.size
+            positions = torch.from_numpy(units[:, 1].reshape(atom.size, k).copy())
+            members.append(Member(name, d, positions, (name, d) in self.labelling.producers))
+        return tuple(members)
+
+    @property
+    def unknown(self) -> tuple[Unknown, ...]:
+        """Operators whose channels were frozen for want of a rule, with the line of user code."""
+        return tuple(self.labelling.unknown)
+
+    @cached_property
+    def frozen(self) -> Mapping[AxisName, str]:
+        """Axes of more than one index that keep some index whatever the plan says, and why."""
+        out = {}
+        for name, labels in self.labelling.state.items():
+            for d, axis in enumerate(labels):
+                pieces = [f for f in fixed_of(axis) if f.size > 1 or axis.size == f.size]
+                if pieces and axis.size > 1:
+                    live = sum(1 for _ in atoms_of(axis))
+                    out[name, d] = ("in part: " if live else "") + str(pieces[0].cause)
+        return out
+
+    @cached_property
+    def graph(self) -> nx.MultiDiGraph:
+        """Nodes are axes ``(name, dim)``; edges are couplings with the FX node, the operator and the source line."""
+        graph = nx.MultiDiGraph()
+        frozen = self.frozen
+        group_of = {axis: group.name for group in self.groups for axis in self._touched[group.atom]}
+        for name, labels in self.labelling.state.items():
+            for d, axis in enumerate(labels):
+                key = (name, d)
+                graph.add_node(key, size=axis.size, group=group_of.get(key), frozen=frozen.get(key))
+        for edge in dict.fromkeys(self.labelling.edges):
+            for end in (edge.a, edge.b):
+                if end not in graph:
+                    graph.add_node(end, size=None, group=None, frozen=None)
+            graph.add_edge(edge.a, edge.b, node=edge.cause.node, op=edge.cause.op, source=edge.cause.source)
+        return graph
+
+    def explain(self, a: AxisName | str, b: AxisName | str) -> str:
+        """The shortest path of couplings between two axes, one line per coupling.
+
+        Args:
+            a: an axis such as ``("layer1.0.conv1.weight", 0)``; a name alone means its dim 0.
+            b: the other axis.
+
+        Raises:
+            ArgumentError: an axis that the model does not have.
+        """
+        start, end = self._axis(a), self._axis(b)
+        undirected = self.graph.to_undirected(as_view=True)
+        try:
+            path = nx.shortest_path(undirected, start, end)
+        except nx.NetworkXNoPath:
+            return f"{_show(start)} and {_show(end)} are not coupled"
+        lines = [_show(start)]
+        for x, y in zip(path, path[1:], strict=False):
+            data = next(iter(undirected.get_edge_data(x, y).values()))
+            where = f" ({data['source']})" if data["source"] else ""
+            lines.append(f"  -- {data['op']} at '{data['node']}'{where} -->  {_show(y)}")
+        return "\n".join(lines)
+
+    def _axis(self, axis: AxisName | str) -> AxisName:
+        key = (axis, 0) if isinstance(axis, str) else (axis[0], int(axis[1]))
+        if key not in self.graph:
+            raise ArgumentError(f"no axis {key!r}; axes are (parameter name, dim), e.g. {next(iter(self.graph.nodes))!r}")
+        return key
+
+    def draw(self, path: str | Path) -> Path:
+        """Write the graph as ``.dot``, ``.svg`` (needs Graphviz' ``dot``) or ``.html``; the suffix decides."""
+        from chase_fx.graphs.draw import draw
+
+        return draw(self, Path(path))
+
+    def __str__(self) -> str:
+        """A stable text dump: each tensor with its axes, a group named by its first axis."""
+        names = {group.atom: group.name for group in self.groups}
+        lines = []
+        for name, labels in self.labelling.state.items():
+            if labels:
+                lines.append(f"{name}: " + " x ".join(_text(axis, names) for axis in labels))
+        return "\n".join(lines)
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of the model's structure: names, shapes and couplings."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:32]
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        channel_sparsity: float = 0.5,
+        score: str | Callable[[Group], torch.Tensor] = "magnitude",
+        round_to: int = 1,
+        *,
+        scope: str = "group",
+    ) -> PruningPlan:
+        """Choose the units that stay.
+
+        Args:
+            channel_sparsity: share of the channels of each coupled axis to remove, in [0, 1).
+            score: ``"magnitude"`` (L2 norm over all members), ``"random"``, or a function from a group to a tensor of
+                ``size`` scores; the lowest go first.
+            round_to: kept widths are multiples of this where the dense width allows it.
+            scope: ``"group"`` removes the same share everywhere, ``"global"`` ranks all units together.
+
+        Raises:
+            ArgumentError: a value out of range.
+            NothingToPruneError: every channel is frozen.
+        """
+        kept = select.choose(self, channel_sparsity, score, round_to, scope)
+        return self.plan_keeping(kept)
+
+    def plan_keeping(self, kept: Mapping[str, torch.Tensor]) -> PruningPlan:
+        """The plan that keeps the given units: group name -> (size,) bool; groups that are missing stay whole."""
+        pruned = self.keep(kept)
+        own = {n: s for n, s in self._info.structure.items() if n not in self._info.constants}
+        return PruningPlan(self.digest, self.outputs, own, {n: p for n, p in pruned.items() if n in own})
+
+    def keep(self, kept: Mapping[str, torch.Tensor]) -> dict[str, Indices]:
+        """Kept indices of every tensor that the given units change, the constants of a forward included."""
+        by_name = {group.name: group for group in self.groups}
+        masks: dict[Atom, np.ndarray] = {}
+        for name, mask in kept.items():
+            if name not in by_name:
+                raise ArgumentError(f"no group {name!r}; groups are {', '.join(list(by_name)[:5])}, ...")
+            array = torch.as_tensor(mask).detach().cpu().numpy().astype(np.bool_)
+            if array.shape != (by_name[name].size,):
+                raise ArgumentError(f"group {name!r} has {by_name[name].size} units, found a mask of shape {array.shape}")
+            if not array.any():
+                raise ArgumentError(f"group {name!r} must keep at least one unit")
+            if not array.all():
+                masks[by_name[name].atom] = array
+        pruned: dict[str, Indices] = {}
+        for name, labels in self.labelling.state.items():
+            found = [keep_mask(axis, masks) for axis in labels]
+            if any(m is not None for m in found):
+                pruned[name] = tuple(None if m is None else torch.from_numpy(np.flatnonzero(m)) for m in found)
+        return pruned
+
+    def masks_of(self, plan: PruningPlan) -> dict[Atom, np.ndarray]:
+        """The kept units of each atom that a plan for this structure implies."""
+        masks: dict[Atom, np.ndarray] = {}
+        for atom, touched in self._touched.items():
+            own = [(n, d) for n, d in touched if n not in self._info.constants]
+            if not own:
+                continue
+            name, dim = own[0]
+            kept = plan.pruned.get(name, ())
+            indices = kept[dim] if kept else None
+            if indices is None:
+                continue
+            present = np.zeros(self.labelling.state[name][dim].size, dtype=np.bool_)
+            present[indices.numpy()] = True
+            units = _units(self.labelling.state[name][dim], atom)
+            mask = np.zeros(atom.size, dtype=np.bool_)
+            mask[units[present[units[:, 1]], 0]] = True
+            if not mask.all():
+                masks[atom] = mask
+        return masks
+
+
+def _units(axis: Axis, atom: Atom) -> np.ndarray:
+    """(m, 2) pairs of (unit, position along ``axis``), sorted by unit."""
+    ids = _ids(axis, atom)
+    position = np.flatnonzero(ids >= 0)
+    units = ids[position]
+    order = np.argsort(units, kind="stable")
+    return np.stack([units[order], position[order]], axis=1)
+
+
+def _ids(axis: Axis, atom: Atom) -> np.ndarray:
+    """Unit of ``atom`` that each index of ``axis`` belongs to, -1 where none."""
+    axis = resolve(axis)
+    if axis is atom:
+        return np.arange(axis.size)
+    if isinstance(axis, Cat):
+        return np.concatenate([_ids(p, atom) for p in axis.parts])
+    if isinstance(axis, Prod):
+        out = np.full(1, -1)
+        for factor in axis.factors:
+            out = np.maximum.outer(out, _ids(factor, atom)).reshape(-1)  # an atom is in one factor at most
+        return out
+    return np.full(axis.size, -1)
+
+
+def _show(axis: AxisName) -> str:
+    return f"{axis[0]}[dim {axis[1]}]"
+
+
+def _text(axis: Axis, names: Mapping[Atom, str]) -> str:
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return f"{axis.size}<{names.get(axis, '?')}>"
+    if isinstance(axis, Cat):
+        return "(" + " + ".join(_text(p, names) for p in axis.parts) + ")"
+    if isinstance(axis, Prod):
+        return "(" + " * ".join(_text(f, names) for f in axis.factors) + ")"
+    return str(axis.size)
+
+
+def analyze(
+    traced: TracedModule, outputs: Outputs = None, *, rules: Rules = DEFAULT_RULES, on_unknown: str = "freeze"
+) -> ChannelGraph:
+    """Find which channels of a traced module are coupled.
+
+    Args:
+        traced: what :func:`trace` gave.
+        outputs: which outputs must keep their shape: a path such as ``"logits"``, an index, several of them, or a
+            predicate on paths; default all.
+        rules: the operator rules; extend the default ones by value.
+        on_unknown: ``"freeze"`` the channels of operators without a rule (reported in ``.unknown``), or ``"raise"``.
+
+    Raises:
+        ArgumentError: ``traced`` is no traced module, or ``outputs`` selects nothing.
+        UnsupportedOpError: an operator without a rule, with ``on_unknown="raise"``.
+
+    Example:
+        >>> import torch, chase_fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> channels = chase_fx.analyze(chase_fx.trace(net, torch.zeros(1, 4)))
+        >>> channels.groups
+        (Group('0.weight:0', size=8, axes=3),)
+    """
+    info = capture_of(traced)
+    if on_unknown not in ("freeze", "raise"):
+        raise ArgumentError(f"on_unknown must be 'freeze' or 'raise', found {on_unknown!r}")
+    paths = _select_outputs(info, outputs)
+    key = (paths, id(rules))
+    found = info.analyses.get(key)
+    if found is None or on_unknown == "raise":
+        labelling = propagate(info, rules, paths, raise_on_unknown=on_unknown == "raise")
+        found = info.analyses[key] = (rules, ChannelGraph(traced, info, labelling, paths))
+    channels: ChannelGraph = found[1]
+    if channels._module is not traced:  # the same structure with other weights: scores must read those
+        channels = ChannelGraph(traced, info, channels.labelling, paths)
+        info.analyses[key] = (rules, channels)
+    return channels
+
+
+def _select_outputs(info: TraceInfo, outputs: Outputs) -> tuple[str, ...]:
+    paths = list(dict.fromkeys(leaf.path for capture in info.captures for leaf in capture.outputs))
+    if outputs is None:
+        return tuple(paths)
+    if callable(outputs):
+        chosen = [p for p in paths if outputs(p)]
+    else:
+        wanted = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
+        chosen = []
+        for want in wanted:
+            if isinstance(want, int):
+                if not -len(paths) <= want < len(paths):
+                    raise ArgumentError(f"no output {want}; there are {len(paths)}: {', '.join(paths)}")
+                chosen.append(paths[want])
+                continue
+            match = [p for p in paths if p == want or p.startswith(f"{want}.")]
+            if not match:
+                raise ArgumentError(f"no output {want!r}; there are {', '.join(paths)}")
+            chosen += match
+    if not chosen:
+        raise ArgumentError(f"outputs selects none of {', '.join(paths)}; at least one output must keep its shape")
+    return tuple(dict.fromkeys(chosen))

@@ -1,0 +1,25 @@
+"""Removal of nodes whose value nobody reads and that change nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import Graph, Node
+
+__all__ = ["has_effect", "remove_dead_nodes"]
+
+
+def has_effect(node: Node, root: nn.Module) -> bool:
+    """Whether running ``node`` matters even if its value is not used (writes in place, updates statistics, guards)."""
+    if node.op in ("placeholder", "output") or node.meta.get("in_place"):
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return any(True for _ in module.buffers())
+    return getattr(node.target, "__name__", "") == "expect"
+
+
+def remove_dead_nodes(graph: Graph, root: nn.Module) -> None:
+    """Erase every node without users and without effect, last first, so that whole chains go."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node, root):
+            graph.erase_node(node)

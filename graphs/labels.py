@@ -1,0 +1,208 @@
+"""Labels: abstract interpretation of the tapes.
+
+Parameters start with a fresh axis per dim; each operator's rule ties, refines or freezes axes and labels its outputs.
+Train and eval captures share the axes of the parameters, so one solution serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from chase_fx.errors import UnsupportedOpError
+from chase_fx.graphs.axes import Atom, Axes, Axis, Cause, Fixed, Prod, atoms_of, resolve
+from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
+from chase_fx.graphs.tape import Slot, TapedOp
+from chase_fx.graphs.traced import Capture, TraceInfo
+
+__all__ = ["Labelling", "Unknown", "propagate"]
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An operator whose channels were frozen because no rule could say more."""
+
+    op: str
+    node: str
+    source: str
+    reason: str
+
+
+@dataclass
+class Labelling:
+    """What is known of every axis of one traced module.
+
+    Attributes:
+        state: axes of parameters, buffers and constants by name.
+        slots: per capture, the labels of every tensor by slot index.
+        facts: per capture, what the rule of each taped operator noted, by position on the tape.
+    """
+
+    axes: Axes
+    state: dict[str, Labels]
+    slots: list[dict[int, Labels]] = field(default_factory=list)
+    facts: list[dict[int, Facts]] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    unknown: list[Unknown] = field(default_factory=list)
+    producers: set[tuple[str, int]] = field(default_factory=set)
+
+
+def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, raise_on_unknown: bool) -> Labelling:
+    """Label every tensor of every capture, freeze what has to stay, and settle the rest."""
+    axes = Axes()
+    state = {
+        name: tuple(axes.atom(n, (name, d)) for d, n in enumerate(shape))
+        for name, shape in info.structure.items()
+        if info.aliases.get(name, name) == name
+    }
+    for alias, name in info.aliases.items():
+        state[alias] = state[name]
+    labelling = Labelling(axes, state)
+    used: set[str] = set()
+    for capture in info.captures:
+        _run(labelling, capture, rules, used, raise_on_unknown)
+    keep = set(frozen_outputs)
+    for capture, labels in zip(info.captures, labelling.slots, strict=True):
+        for leaf in capture.outputs:
+            if leaf.path in keep:
+                cause = Cause("output", "output", "", f"output '{leaf.path}' keeps its shape")
+                for axis in labels[leaf.slot.index]:
+                    axes.freeze(axis, cause)
+    _settle(labelling, used)
+    return labelling
+
+
+def _run(labelling: Labelling, capture: Capture, rules: Rules, used: set[str], raise_on_unknown: bool) -> None:
+    labels: dict[int, Labels] = {}
+    facts: dict[int, Facts] = {}
+    for slot in capture.tape.slots:
+        if slot.kind in ("parameter", "buffer", "constant") and slot.name is not None:
+            labels[slot.index] = labelling.state[slot.name]
+        elif slot.kind == "input":
+            labels[slot.index] = tuple(
+                Fixed(n, Cause(str(slot.name), "input", "", f"dim {d} of input '{slot.name}'"))
+                for d, n in enumerate(slot.shape)
+            )
+    live = _live_ops(capture)
+    for position, op in enumerate(capture.tape.ops):
+        if position not in live:
+            continue
+        for slot in op.inputs():
+            if slot.index not in labels:
+                labels[slot.index] = _unseen(slot, op)
+            if slot.name is not None:
+                used.add(slot.name)
+        facts[position] = Facts()
+        _apply(labelling, op, labels, facts[position], rules, raise_on_unknown)
+        for axis in facts[position].produced:
+            if isinstance(axis, Atom):
+                labelling.producers.add(axis.owner)
+    for leaf in capture.outputs:
+        if leaf.slot.index not in labels:
+            labels[leaf.slot.index] = _unseen(leaf.slot, None)
+        if leaf.slot.name is not None:
+            used.add(leaf.slot.name)
+    labelling.slots.append(labels)
+    labelling.facts.append(facts)
+
+
+def _unseen(slot: Slot, op: TapedOp | None) -> Labels:
+    cause = Cause(op.node if op else "output", str(op.op) if op else "output", "", "a tensor of unknown origin")
+    return tuple(Fixed(n, cause) for n in slot.shape)
+
+
+def _live_ops(capture: Capture) -> set[int]:
+    """Positions of the calls that the outputs depend on; code that only reads shapes is not among them."""
+    slots = {leaf.slot.index for leaf in capture.outputs}
+    storages = {leaf.slot.storage for leaf in capture.outputs}
+    live: set[int] = set()
+    for position in range(len(capture.tape.ops) - 1, -1, -1):
+        op = capture.tape.ops[position]
+        writes = op.op._schema.is_mutable and any(s.storage in storages for s in op.inputs())
+        if not writes and not any(s.index in slots for s in op.outs):
+            continue
+        live.add(position)
+        for slot in op.inputs():
+            slots.add(slot.index)
+            storages.add(slot.storage)
+    return live
+
+
+def _apply(
+    labelling: Labelling, op: TapedOp, labels: dict[int, Labels], facts: Facts, rules: Rules, raise_on_unknown: bool
+) -> None:
+    view = LabelledOp(op, labelling.axes, labels, labelling.edges, facts)
+    rule = rules.find(op.op)
+    if rule is None:
+        result = _refuse(labelling, view, "no channel rule", raise_on_unknown)
+    else:
+        try:
+            answer = rule(view)
+        except (AssertionError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
+            # A rule that met arguments it did not expect has proven nothing; freezing is always right.
+            answer = Refusal(f"the rule could not be applied ({type(e).__name__}: {e})")
+        if isinstance(answer, Refusal):
+            result = _refuse(labelling, view, answer.reason, raise_on_unknown)
+        elif answer and isinstance(answer[0], Axis) or (len(op.outs) == 1 and answer == ()):
+            result = [answer]  # type: ignore[list-item]
+        else:
+            result = list(answer)  # type: ignore[arg-type]
+    for slot, label in zip(op.outs, result, strict=False):
+        if tuple(axis.size for axis in label) != slot.shape:
+            _refuse(labelling, view, f"the rule gave sizes {[a.size for a in label]} for {slot.shape}", raise_on_unknown)
+            label = _unseen(slot, op)
+        before = labels.get(slot.index)
+        if before is None:
+            labels[slot.index] = label
+        else:  # written in place: what was there and what is written have the same axes
+            for a, b in zip(before, label, strict=True):
+                view.tie(a, b)
+
+
+def _refuse(labelling: Labelling, view: LabelledOp, reason: str, raise_on_unknown: bool) -> list[Labels]:
+    op = view.op
+    shapes = ", ".join(str(s.shape) for s in op.inputs())
+    if raise_on_unknown:
+        raise UnsupportedOpError(
+            f"{reason} for {view.name} at node '{op.node}' (inputs {shapes}; {op.source or 'unknown line'}). "
+            "Add a rule with DEFAULT_RULES.extend(...), or pass on_unknown='freeze' to leave its channels unpruned."
+        )
+    labelling.unknown.append(Unknown(view.name, op.node, op.source, reason))
+    return view.all_fixed(reason)
+
+
+def _settle(labelling: Labelling, used: set[str]) -> None:
+    """Freeze what nothing reads: unused tensors, unread slices, and products of an axis with itself."""
+    axes = labelling.axes
+    for name, labels in labelling.state.items():
+        if name not in used:
+            for axis in labels:
+                axes.freeze(axis, Cause("", "unused", "", "not used by the forward"))
+    contracted = {
+        id(atom)
+        for facts, labels in zip(labelling.facts, labelling.slots, strict=True)
+        for fact in facts.values()
+        for slot, dim in fact.contracted
+        for atom in atoms_of(labels[slot.index][dim])
+    }
+    for name, labels in labelling.state.items():
+        for axis in labels:
+            for atom in list(atoms_of(axis)):
+                if id(atom) not in contracted:
+                    axes.freeze(atom, Cause("", "unread", "", f"no layer computes with these indices of '{name}'"))
+    for labels in labelling.state.values():
+        for axis in labels:
+            _freeze_squares(axes, axis)
+
+
+def _freeze_squares(axes: Axes, axis: Axis) -> None:
+    axis = resolve(axis)
+    if isinstance(axis, Prod):
+        seen: set[int] = set()
+        for factor in axis.factors:
+            for atom in {id(a): a for a in atoms_of(factor)}.values():
+                if id(atom) in seen:
+                    axes.freeze(atom, Cause("", "product", "", "an axis times itself"))
+                seen.add(id(atom))
+
+

@@ -1,0 +1,120 @@
+"""Numbers that remember where they come from.
+
+``x.shape[0]`` read during a capture is a :class:`LiveInt`: an ``int`` in every respect, whose arithmetic also writes
+nodes to the graph, so that the graph works at another batch size, resolution or sequence length. The node is only
+made when somebody uses the number as an argument.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch.fx import Node
+
+__all__ = ["LiveFloat", "LiveInt", "NumberRecorder", "is_live"]
+
+
+class NumberRecorder(Protocol):
+    """What live numbers need from the recorder."""
+
+    def recording(self) -> bool:
+        """Whether arithmetic is to be written down right now."""
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write ``fn(*args)`` to the graph."""
+
+
+class _Live:
+    """Shared by both kinds of numbers: the recorder and a node that is made on first use."""
+
+    _recorder: NumberRecorder
+    _build: Callable[[], Node]
+    _node: Node | None
+
+    def node(self) -> Node:
+        """The FX node whose value is this number."""
+        if self._node is None:
+            self._node = self._build()
+        return self._node
+
+    def __reduce__(self) -> Any:
+        return (int, (int(self),)) if isinstance(self, int) else (float, (float(self),))  # type: ignore[arg-type]
+
+    def __copy__(self) -> Any:
+        return int(self) if isinstance(self, int) else float(self)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__copy__()
+
+
+class LiveInt(_Live, int):
+    """An int with provenance."""
+
+    def __new__(cls, value: int, recorder: NumberRecorder, build: Callable[[], Node]) -> LiveInt:
+        self = int.__new__(cls, value)
+        self._recorder, self._build, self._node = recorder, build, None
+        return self
+
+
+class LiveFloat(_Live, float):
+    """A float with provenance, such as ``head_dim ** -0.5``."""
+
+    def __new__(cls, value: float, recorder: NumberRecorder, build: Callable[[], Node]) -> LiveFloat:
+        self = float.__new__(cls, value)
+        self._recorder, self._build, self._node = recorder, build, None
+        return self
+
+
+def is_live(value: Any) -> bool:
+    """Whether ``value`` is a number with provenance."""
+    return isinstance(value, _Live)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
+
+
+def _derive(fn: Callable[..., Any], recorder: NumberRecorder, operands: tuple[Any, ...]) -> Any:
+    value = fn(*map(_plain, operands))
+    if not recorder.recording() or isinstance(value, (bool, complex)):
+        return value
+    # The operands are kept, not their nodes: a number that nobody uses leaves no trace in the graph.
+    build = lambda: recorder.call(fn, operands)  # noqa: E731  (a closure, evaluated at most once)
+    return LiveInt(value, recorder, build) if isinstance(value, int) else LiveFloat(value, recorder, build)
+
+
+def _binary(fn: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forward(self: Any, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        return _derive(fn, self._recorder, (self, other))
+
+    def backward(self: Any, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        return _derive(fn, self._recorder, (other, self))
+
+    return forward, backward
+
+
+_BINARY = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+}
+for _cls in (LiveInt, LiveFloat):
+    for _name, _fn in _BINARY.items():
+        _forward, _backward = _binary(_fn)
+        setattr(_cls, f"__{_name}__", _forward)
+        setattr(_cls, f"__r{_name}__", _backward)
+    setattr(_cls, "__neg__", lambda self: _derive(operator.neg, self._recorder, (self,)))  # noqa: B010

@@ -1,0 +1,114 @@
+"""The channel rules of ATen operators. One screen shows every operator that the analysis knows.
+
+Operators that torch tags as pointwise need no entry; what is not here freezes its channels and is reported.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from chase_fx.graphs.rules import contraction, factory, lookup, movement, normaliser, pointwise, reshape, spatial
+from chase_fx.graphs.rules.base import Edge, Facts, Labels, LabelledOp, Refusal, Rule, Rules
+
+__all__ = ["DEFAULT_RULES", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+
+# rule -> names of the operators in torch.ops.aten
+_TABLE: tuple[tuple[Rule, str], ...] = (
+    # pointwise
+    (pointwise.broadcast, "add sub mul div pow where lerp addcmul addcdiv maximum minimum copy fill _prelu_kernel prelu"),
+    (pointwise.broadcast, "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter"),
+    (pointwise.unary, "clone native_dropout dropout _to_copy lift_fresh lift_fresh_copy lift bernoulli nan_to_num"),
+    (pointwise.unary, "feature_dropout alpha_dropout view_as_real_copy fill zero uniform normal exponential"),
+    (pointwise.unary, "hardswish hardsigmoid hardtanh mish relu6 elu celu selu leaky_relu softplus softshrink threshold"),
+    (pointwise.unary, "log_sigmoid_forward log_sigmoid hardshrink glu_jvp"),
+    (pointwise.gated, "glu"),
+    (pointwise.like, "zeros_like ones_like empty_like full_like"),
+    (pointwise.cumulative, "cumsum cumprod cummax cummin logcumsumexp"),
+    (lookup.masked_fill, "masked_fill"),
+    # contraction
+    (contraction.convolution, "convolution _convolution convolution_overrideable"),
+    (contraction.linear, "linear"),
+    (contraction.mm, "mm"),
+    (contraction.bmm, "bmm"),
+    (contraction.addmm, "addmm"),
+    (contraction.baddbmm, "baddbmm"),
+    (contraction.mv, "mv"),
+    (contraction.dot, "dot vdot"),
+    (contraction.attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
+    (contraction.attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
+    (contraction.attention, "_scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable"),
+    (contraction.attention, "scaled_dot_product_attention"),
+    (contraction.total, "sum nansum"),
+    (contraction.norm, "linalg_vector_norm"),
+    # normaliser
+    (normaliser.batch_norm, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
+    (normaliser.batch_norm, "_native_batch_norm_legit_functional cudnn_batch_norm miopen_batch_norm"),
+    (normaliser.batch_norm, "_batch_norm_with_update _batch_norm_no_update batch_norm"),
+    (normaliser.layer_norm, "native_layer_norm"),
+    (normaliser.rms_norm, "_fused_rms_norm"),
+    (normaliser.group_norm, "native_group_norm"),
+    (normaliser.average, "mean var std var_mean std_mean"),
+    (normaliser.softmax, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
+    (normaliser.extreme, "max min amax amin aminmax argmax argmin logsumexp prod any all median mode"),
+    (normaliser.ordered, "sort topk kthvalue argsort"),
+    # reshape
+    (reshape.reshape, "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten _reshape_copy"),
+    (reshape.channel_shuffle, "channel_shuffle native_channel_shuffle"),
+    (reshape.pixel_shuffle, "pixel_shuffle"),
+    (reshape.pixel_unshuffle, "pixel_unshuffle"),
+    # movement
+    (movement.identity, "detach alias contiguous detach_copy alias_copy conj _conj resolve_conj resolve_neg real"),
+    (movement.permute, "permute"),
+    (movement.transpose, "transpose swapaxes"),
+    (movement.swap_last, "t numpy_T"),
+    (movement.squeeze, "squeeze"),
+    (movement.unsqueeze, "unsqueeze"),
+    (movement.expand, "expand expand_copy"),
+    (movement.concat, "cat"),
+    (movement.stack, "stack"),
+    (movement.slice_, "slice"),
+    (movement.select, "select"),
+    (movement.unbind, "unbind"),
+    (movement.split, "split split_with_sizes"),
+    (movement.pad, "constant_pad_nd"),
+    (movement.flip, "flip"),
+    (movement.roll, "roll"),
+    (movement.repeat, "repeat"),
+    (movement.repeat_interleave, "repeat_interleave"),
+    (movement.diagonal, "diagonal"),
+    (movement.triangle, "tril triu"),
+    (movement.unfold, "unfold"),
+    (movement.restride, "as_strided"),
+    # lookup
+    (lookup.embedding, "embedding"),
+    (lookup.index_select, "index_select"),
+    (lookup.gather, "gather"),
+    (lookup.index, "index _unsafe_index"),
+    # spatial
+    (spatial.over_last(1), "avg_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d"),
+    (spatial.over_last(1), "upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d"),
+    (spatial.over_last(2), "avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d adaptive_max_pool2d"),
+    (spatial.over_last(2), "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d"),
+    (spatial.over_last(2), "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d"),
+    (spatial.over_last(2), "fractional_max_pool2d max_unpool2d"),
+    (spatial.over_last(3), "avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d adaptive_max_pool3d"),
+    (spatial.over_last(3), "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d"),
+    (spatial.grid_sample, "grid_sampler_2d grid_sampler_3d grid_sampler cudnn_grid_sampler"),
+    (spatial.im2col, "im2col"),
+    # factory
+    (factory.constant, "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided"),
+    (factory.fixed, "arange linspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),
+)
+
+
+def _build() -> Rules:
+    table: dict[object, Rule] = {torch.Tag.pointwise: pointwise.broadcast}
+    for rule, names in _TABLE:
+        for name in names.split():
+            packet = getattr(torch.ops.aten, name, None)  # some operators exist in some builds of torch only
+            if packet is not None:
+                table[packet] = rule
+    return Rules(table)
+
+
+DEFAULT_RULES: Rules = _build()

@@ -1,0 +1,191 @@
+"""What a rule sees of an operator, and what it may say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of
+from chase_fx.graphs.tape import Slot, TapedOp
+
+__all__ = ["Edge", "Facts", "Labels", "LabelledOp", "Refusal", "Rule", "Rules"]
+
+Labels = tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule's answer when it can't say what happens to the channels: they are frozen, for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Two axes that an operator ties."""
+
+    a: tuple[str, int]
+    b: tuple[str, int]
+    cause: Cause
+
+
+@dataclass
+class Facts:
+    """What a rule noted about one operator, for the rewrite and for the masked reference.
+
+    Attributes:
+        contracted: (slot, dim) pairs that are summed over: removed units count as zero there.
+        reduced: (slot, dim) pairs that are reduced in another way (mean, variance): only kept units are seen.
+        produced: output dims of a contraction, from which weights can be told to be producers of channels.
+        notes: axes that are no tensor dim but a size argument, such as the groups of a convolution.
+    """
+
+    contracted: list[tuple[Slot, int]] = field(default_factory=list)
+    reduced: list[tuple[Slot, int]] = field(default_factory=list)
+    produced: list[Axis] = field(default_factory=list)
+    notes: dict[str, Axis] = field(default_factory=dict)
+
+
+class LabelledOp:
+    """A taped operator together with the labels of its inputs; rules tie, freeze and note through it."""
+
+    def __init__(self, op: TapedOp, axes: Axes, labels: Mapping[int, Labels], edges: list[Edge], facts: Facts) -> None:
+        self.op = op
+        self.axes = axes
+        self.facts = facts
+        self.cause = Cause(op.node, str(op.op), op.source)
+        self._labels = labels
+        self._edges = edges
+
+    def __getitem__(self, slot: Slot) -> Labels:
+        """The labels of an input, one axis per dim."""
+        return self._labels[slot.index]
+
+    @property
+    def name(self) -> str:
+        """The operator without its overload, e.g. ``"aten::add"``."""
+        return str(self.op.op._schema.name)
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Argument ``index`` of the schema, whichever way it was passed."""
+        return self.op.arg(index, name, default)
+
+    @property
+    def out(self) -> Slot:
+        """The first output."""
+        return self.op.outs[0]
+
+    def tie(self, a: Axis, b: Axis) -> None:
+        """The two axes keep the same indices."""
+        if a is b:
+            return
+        self._connect(a, b)
+        self.axes.unify(a, b, self.cause)
+
+    def _connect(self, a: Axis, b: Axis) -> None:
+        left, right = dict.fromkeys(_owners(a)), dict.fromkeys(_owners(b))
+        if len(left) == len(right):
+            pairs: Iterator[tuple[Any, Any]] | list[tuple[Any, Any]] = list(zip(left, right, strict=True))
+        else:
+            pairs = [(x, y) for x in left for y in right]
+        self._edges.extend(Edge(x, y, self.cause) for x, y in pairs if x != y)
+
+    def freeze(self, axis: Axis, detail: str) -> None:
+        """The axis keeps all of its indices."""
+        self.axes.freeze(axis, self._why(detail))
+
+    def fixed(self, size: int, detail: str = "not a channel dim") -> Axis:
+        """An axis that keeps all of its indices from the start."""
+        return Fixed(size, self._why(detail))
+
+    def fresh(self, size: int, dim: int, *, weak: bool = False) -> Axis:
+        """An axis that this operator makes, such as the zeros of a factory or the copies of an expand."""
+        axis = self.axes.atom(size, (self.op.node, dim))
+        if isinstance(axis, Atom):
+            axis.weak = weak
+        return axis
+
+    def take(self, axis: Axis, start: int, stop: int) -> Axis:
+        """Indices ``start:stop`` of an axis."""
+        return self.axes.take(axis, start, stop, self.cause)
+
+    def split(self, axis: Axis, p: int, q: int) -> tuple[Axis, Axis]:
+        """The axis as a product of ``p`` and ``q`` indices."""
+        return self.axes.split(axis, p, q, self.cause)
+
+    def carry(self, axis: Axis) -> None:
+        """Prefer the units of this axis where a product leaves a choice (heads, convolution groups)."""
+        for atom in atoms_of(axis):
+            atom.carrier = True
+
+    def contract(self, slot: Slot, dim: int) -> None:
+        """Note that ``dim`` of ``slot`` is summed over."""
+        self.facts.contracted.append((slot, dim))
+
+    def reduce(self, slot: Slot, dim: int) -> None:
+        """Note that ``dim`` of ``slot`` is reduced over kept units."""
+        self.facts.reduced.append((slot, dim))
+
+    def produce(self, axis: Axis) -> None:
+        """Note that ``axis`` is an output dim of a contraction."""
+        self.facts.produced.append(axis)
+
+    def all_fixed(self, detail: str) -> list[Labels]:
+        """Freeze everything that goes in; everything that comes out is fixed."""
+        for slot in self.op.inputs():
+            for axis in self[slot]:
+                self.freeze(axis, detail)
+        return [tuple(self.fixed(n, detail) for n in out.shape) for out in self.op.outs]
+
+    def _why(self, detail: str) -> Cause:
+        return Cause(self.cause.node, self.cause.op, self.cause.source, detail)
+
+
+def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
+    # Unresolved on purpose: the label of an activation names the tensor that produced it, not the root of its group.
+    if isinstance(axis, Atom):
+        yield axis.owner
+    elif isinstance(axis, Cat):
+        for part in axis.parts:
+            yield from _owners(part)
+    elif isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from _owners(factor)
+
+
+Rule = Callable[[LabelledOp], "Labels | Sequence[Labels] | Refusal"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A table from ATen operators to rules; extended by value.
+
+    Example:
+        >>> import torch
+        >>> from chase_fx.graphs.rules import DEFAULT_RULES
+        >>> from chase_fx.graphs.rules.pointwise import broadcast
+        >>> mine = DEFAULT_RULES.extend({torch.ops.aten.frac: broadcast})
+    """
+
+    table: Mapping[Any, Rule]
+
+    def extend(self, more: Mapping[Any, Rule]) -> Rules:
+        """A new table with ``more`` on top; keys are operators (``torch.ops.aten.cat``) or single overloads."""
+        return Rules({**self.table, **more})
+
+    def find(self, op: torch._ops.OpOverload) -> Rule | None:
+        """The rule of an operator: by overload, by operator, and for in-place and ``out=`` forms by their pure form."""
+        table = self.table
+        found = table.get(op) or table.get(op.overloadpacket)
+        if found is not None:
+            return found
+        namespace, _, name = op._schema.name.partition("::")
+        if name.endswith("_"):
+            pure = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
+            found = table.get(pure) if pure is not None else None
+        if found is None and torch.Tag.pointwise in op.tags:
+            found = table.get(torch.Tag.pointwise)
+        return found

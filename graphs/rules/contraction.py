@@ -1,0 +1,207 @@
+"""Operators that sum over a dim: removed units contribute zero, so the two summed dims keep the same indices.
+
+Layouts: N batch, C channels, H heads, G groups, L S sequence, E head_dim, O I out and in channels of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chase_fx.graphs.axes import Axis, Prod
+from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.tape import Slot
+
+__all__ = ["addmm", "attention", "baddbmm", "bmm", "convolution", "dot", "linear", "mm", "mv", "norm", "total"]
+
+
+def convolution(op: LabelledOp) -> Labels | Refusal:
+    """``convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups)``.
+
+    x: (N, G*I, *s), w: (G*O, I, *k) -> out: (N, G*O, *s');  transposed w: (G*I, O, *k). An unbatched x has no N.
+    """
+    x, w, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
+    stride, padding = op.arg(3, "stride"), op.arg(4, "padding")
+    transposed, groups = bool(op.arg(6, "transposed", False)), int(op.arg(8, "groups", 1))
+    spatial = len(w.shape) - 2
+    c = len(x.shape) - spatial - 1
+    x_labels, w_labels = op[x], op[w]
+    if groups == 1:
+        inner, outer = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
+        op.tie(x_labels[c], inner)
+        out = outer
+    else:
+        out = _grouped(op, x_labels[c], w_labels, groups, transposed)
+    op.contract(x, c)
+    op.produce(out)
+    if bias is not None:
+        op.tie(out, op[bias][0])
+    kept_spatial = []
+    for d in range(spatial):
+        label = x_labels[c + 1 + d]
+        k, s, p = w.shape[2 + d], stride[d % len(stride)], padding[d % len(padding)]
+        if k != 1 or s != 1 or p != 0:
+            op.freeze(label, "a convolution window runs over it")
+            label = op.fixed(op.out.shape[c + 1 + d], "a convolution window runs over it")
+        op.freeze(w_labels[2 + d], "kernel size")
+        kept_spatial.append(label)
+    return (*x_labels[:c], out, *kept_spatial)
+
+
+def _grouped(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, transposed: bool) -> Axis:
+    """Groups x channels in a group, one joint choice for both sides of the weight."""
+    if transposed:
+        group, inner = op.split(w[0], groups, w[0].size // groups)
+        out: Axis = Prod((group, w[1]))
+        op.tie(x_axis, w[0])
+    else:
+        group, _ = op.split(w[0], groups, w[0].size // groups)
+        op.tie(x_axis, Prod((group, w[1])))
+        out = w[0]
+    op.carry(group)
+    op.facts.notes["groups"] = group
+    return out
+
+
+def linear(op: LabelledOp) -> Labels:
+    """``linear(x, w, bias)``: x (..., I), w (O, I) -> (..., O)."""
+    x, w, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
+    op.tie(op[x][-1], op[w][1])
+    op.contract(x, len(x.shape) - 1)
+    op.produce(op[w][0])
+    if bias is not None:
+        op.tie(op[w][0], op[bias][0])
+    return (*op[x][:-1], op[w][0])
+
+
+def _matmul(op: LabelledOp, a: Slot, b: Slot) -> Labels:
+    la, lb = op[a], op[b]
+    batch: list[Axis] = []
+    for x, y in zip(la[:-2], lb[:-2], strict=True):
+        op.tie(x, y)
+        op.carry(x)
+        batch.append(x)
+    op.tie(la[-1], lb[-2])
+    op.contract(a, len(a.shape) - 1)
+    op.produce(la[-2])
+    op.produce(lb[-1])
+    return (*batch, la[-2], lb[-1])
+
+
+def mm(op: LabelledOp) -> Labels:
+    """``mm(a, b)``: (M, K) x (K, N) -> (M, N)."""
+    return _matmul(op, op.arg(0, "self"), op.arg(1, "mat2"))
+
+
+bmm = mm
+
+
+def _add_to(op: LabelledOp, product: Labels) -> Labels:
+    bias = op.arg(0, "self")
+    labels = op[bias]
+    for back in range(1, len(labels) + 1):
+        if bias.shape[-back] == product[-back].size:
+            op.tie(product[-back], labels[-back])
+    return product
+
+
+def addmm(op: LabelledOp) -> Labels:
+    """``addmm(bias, a, b)``: bias (N,) or (M, N), plus (M, K) x (K, N)."""
+    return _add_to(op, _matmul(op, op.arg(1, "mat1"), op.arg(2, "mat2")))
+
+
+def baddbmm(op: LabelledOp) -> Labels:
+    """``baddbmm(bias, a, b)``: (B, M, N) plus (B, M, K) x (B, K, N)."""
+    return _add_to(op, _matmul(op, op.arg(1, "batch1"), op.arg(2, "batch2")))
+
+
+def mv(op: LabelledOp) -> Labels:
+    """``mv(a, v)``: (M, K) x (K,) -> (M,)."""
+    a, v = op.arg(0, "self"), op.arg(1, "vec")
+    op.tie(op[a][1], op[v][0])
+    op.contract(a, 1)
+    return (op[a][0],)
+
+
+def dot(op: LabelledOp) -> Labels:
+    """``dot(a, b)``: (K,) x (K,) -> ()."""
+    a, b = op.arg(0, "self"), op.arg(1, "tensor")
+    op.tie(op[a][0], op[b][0])
+    op.contract(a, 0)
+    return ()
+
+
+def attention(op: LabelledOp) -> Sequence[Labels] | Refusal:
+    """Scaled dot-product attention, every backend.
+
+    q: (N, H, L, E), k: (N, Hk, S, E), v: (N, Hk, S, Ev) -> out: (N, H, L, Ev); mask broadcasts over (N, H, L, S).
+    """
+    q, k, v = op.arg(0, "query"), op.arg(1, "key"), op.arg(2, "value")
+    lq, lk, lv = op[q], op[k], op[v]
+    for d in range(len(lq) - 2):
+        if lk[d].size == lq[d].size:
+            op.tie(lq[d], lk[d])
+        elif lk[d].size == 1:
+            pass
+        else:
+            shared, _ = op.split(lq[d], lk[d].size, lq[d].size // lk[d].size)
+            op.tie(shared, lk[d])
+        if lv[d].size == lk[d].size:
+            op.tie(lk[d], lv[d])
+        op.carry(lq[d])
+    op.tie(lq[-1], lk[-1])
+    op.contract(q, len(q.shape) - 1)
+    op.tie(lk[-2], lv[-2])
+    op.freeze(lk[-2], "softmax runs over it")
+    out = (*lq[:-1], lv[-1])
+    for slot in op.op.inputs():
+        if slot in (q, k, v):
+            continue
+        for back, axis in enumerate(reversed(op[slot]), start=1):
+            if back == 1:
+                op.freeze(axis, "softmax runs over it")
+            elif back <= len(lq) and axis.size == lq[-back].size and axis.size > 1:
+                op.tie(axis, lq[-back])
+    rest = []
+    for extra in op.op.outs[1:]:
+        same = extra.shape == tuple(a.size for a in out[: len(extra.shape)])
+        rest.append(out[: len(extra.shape)] if same else tuple(op.fixed(n) for n in extra.shape))
+    return [out, *rest]
+
+
+def _dims(op: LabelledOp, slot: Slot, dims: object) -> list[int]:
+    n = len(slot.shape)
+    if dims is None or dims == [] or dims == ():
+        return list(range(n))
+    return [int(d) % n for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def _reduced_labels(op: LabelledOp, slot: Slot, dims: list[int]) -> Labels:
+    keepdim = len(op.out.shape) == len(slot.shape)
+    labels = []
+    for d, axis in enumerate(op[slot]):
+        if d not in dims:
+            labels.append(axis)
+        elif keepdim:
+            labels.append(op.fixed(1, "size 1"))
+    return tuple(labels)
+
+
+def total(op: LabelledOp) -> Labels:
+    """``sum(x, dim, keepdim)``: a contraction with ones."""
+    x = op.arg(0, "self")
+    has_dim = len(op.op.args) > 1 or "dim" in op.op.kwargs
+    dims = _dims(op, x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
+    for d in dims:
+        op.contract(x, d)
+    return _reduced_labels(op, x, dims)
+
+
+def norm(op: LabelledOp) -> Labels | Refusal:
+    """``linalg_vector_norm(x, ord, dim, keepdim)`` with ord > 0: a sum of powers, where removed units are zero."""
+    x, order = op.arg(0, "self"), op.arg(1, "ord", 2)
+    if order is not None and not 0 < float(order) < float("inf"):
+        return Refusal(f"a norm of order {order} is no sum of powers")
+    dims = _dims(op, x, op.arg(2, "dim"))
+    for d in dims:
+        op.contract(x, d)
+    return _reduced_labels(op, x, dims)

@@ -1,0 +1,314 @@
+"""Operators that move elements without changing them: permutations, slices, concatenation, padding, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, resolve
+from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.tape import Slot
+
+__all__ = [
+    "concat",
+    "diagonal",
+    "expand",
+    "flip",
+    "identity",
+    "pad",
+    "permute",
+    "repeat",
+    "repeat_interleave",
+    "restride",
+    "roll",
+    "select",
+    "slice_",
+    "split",
+    "squeeze",
+    "stack",
+    "swap_last",
+    "transpose",
+    "triangle",
+    "unbind",
+    "unfold",
+    "unsqueeze",
+]
+
+
+def identity(op: LabelledOp) -> Labels:
+    """The same dims in the same order (contiguous, detach, alias)."""
+    return op[next(op.op.inputs())]
+
+
+def permute(op: LabelledOp) -> Labels:
+    """``permute(x, dims)``: out dim d is x dim dims[d]."""
+    labels = op[op.arg(0, "self")]
+    return tuple(labels[d] for d in op.arg(1, "dims"))
+
+
+def transpose(op: LabelledOp) -> Labels:
+    """``transpose(x, a, b)``."""
+    labels = list(op[op.arg(0, "self")])
+    if labels:
+        a, b = int(op.arg(1, "dim0")) % len(labels), int(op.arg(2, "dim1")) % len(labels)
+        labels[a], labels[b] = labels[b], labels[a]
+    return tuple(labels)
+
+
+def swap_last(op: LabelledOp) -> Labels:
+    """``t(x)``: the dims of a matrix the other way round."""
+    return tuple(reversed(op[op.arg(0, "self")]))
+
+
+def squeeze(op: LabelledOp) -> Labels:
+    """Dims of size 1 go, all of them or the named ones."""
+    x = op.arg(0, "self")
+    dims: Any = op.arg(1, "dim")
+    n = len(x.shape)
+    if dims is None:
+        gone = {d for d in range(n) if x.shape[d] == 1}
+    else:
+        named = dims if isinstance(dims, (list, tuple)) else [dims]
+        gone = {int(d) % n for d in named if n and x.shape[int(d) % n] == 1}
+    return tuple(axis for d, axis in enumerate(op[x]) if d not in gone)
+
+
+def unsqueeze(op: LabelledOp) -> Labels:
+    """A dim of size 1 at ``dim``."""
+    labels = list(op[op.arg(0, "self")])
+    labels.insert(int(op.arg(1, "dim")) % (len(labels) + 1), op.fixed(1, "size 1"))
+    return tuple(labels)
+
+
+def expand(op: LabelledOp) -> Labels:
+    """``expand(x, sizes)``: a repeated dim of size 1 holds copies of which any number may be kept."""
+    x = next(op.op.inputs())
+    labels = op[x]
+    new = len(op.out.shape) - len(labels)
+    out: list[Axis] = []
+    for d, size in enumerate(op.out.shape):
+        if d >= new and x.shape[d - new] == size:
+            out.append(labels[d - new])
+        else:
+            out.append(_copies(op, x, size, d))
+    return tuple(out)
+
+
+# The calls that name the expanded sizes; any other takes them from another operand.
+_NAMES_SIZES = frozenset({"expand", "broadcast_to", "repeat", "tile"})
+
+
+def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
+    copies = op.fresh(size, dim, weak=True)
+    if op.op.call in _NAMES_SIZES:
+        return copies
+    back = len(op.out.shape) - dim
+    for other in op.op.operands:
+        if other is not x and len(other.shape) >= back and other.shape[-back] == size:
+            op.tie(copies, op[other][-back])
+            return copies
+    return op.fixed(size, "broadcast to a size that no operand tells")
+
+
+def restride(op: LabelledOp) -> Labels | Refusal:
+    """``as_strided`` that only restates the strides of dims of size 1 (pooling of channels-last tensors does it)."""
+    x = op.arg(0, "self")
+    size, stride, offset = op.arg(1, "size"), op.arg(2, "stride"), op.arg(3, "storage_offset")
+    same = tuple(size) == x.shape and offset is None and x.stride is not None
+    if same and all(n == 1 or s == t for n, s, t in zip(size, stride, x.stride or (), strict=True)):
+        return op[x]
+    return Refusal("as_strided addresses memory, not axes")
+
+
+def concat(op: LabelledOp) -> Labels:
+    """Channels of ``cat(xs, dim)`` are those of its inputs laid end to end.
+
+    xs[i]: (N, C_i, *s) -> out: (N, sum(C_i), *s) for dim = 1
+    """
+    xs = [x for x in op.arg(0, "tensors") if not (len(x.shape) == 1 and x.shape[0] == 0)]
+    if not xs:
+        return (op.fixed(0, "empty"),)
+    dim = int(op.arg(1, "dim", 0)) % len(op.out.shape)
+    for x in xs[1:]:
+        for d, (a, b) in enumerate(zip(op[xs[0]], op[x], strict=True)):
+            if d != dim:
+                op.tie(a, b)
+    joined: Axis = Cat(op[x][dim] for x in xs) if len(xs) > 1 else op[xs[0]][dim]
+    return tuple(joined if d == dim else axis for d, axis in enumerate(op[xs[0]]))
+
+
+def stack(op: LabelledOp) -> Labels:
+    """``stack(xs, dim)``: a new dim whose indices are chosen by position."""
+    xs = op.arg(0, "tensors")
+    dim = int(op.arg(1, "dim", 0)) % len(op.out.shape)
+    for x in xs[1:]:
+        for a, b in zip(op[xs[0]], op[x], strict=True):
+            op.tie(a, b)
+    labels = list(op[xs[0]])
+    labels.insert(dim, op.fixed(len(xs), "stacked"))
+    return tuple(labels)
+
+
+def slice_(op: LabelledOp) -> Labels:
+    """``slice(x, dim, start, end, step)``; a step is a view of rows of ``step`` of which one index is taken."""
+    x = op.arg(0, "self")
+    n = len(x.shape)
+    dim = int(op.arg(1, "dim", 0)) % n
+    size = x.shape[dim]
+    step = int(op.arg(4, "step", 1))
+    start, stop, _ = slice(op.arg(2, "start"), op.arg(3, "end"), step).indices(size)
+    labels = list(op[x])
+    axis = labels[dim]
+    stop = max(start, stop)
+    if step == 1:
+        labels[dim] = op.take(axis, start, stop)
+    else:
+        labels[dim] = _strided(op, axis, start, stop, step)
+    return tuple(labels)
+
+
+def _strided(op: LabelledOp, axis: Axis, start: int, stop: int, step: int) -> Axis:
+    count = op.out.shape[int(op.arg(1, "dim", 0))]
+    if isinstance(resolve(axis), Fixed):
+        return op.fixed(count, "a strided slice of a fixed dim")
+    if axis.size % step == 0 and stop > axis.size - step and start < step:
+        rows, _ = op.split(axis, axis.size // step, step)
+        op.freeze(op.split(axis, axis.size // step, step)[1], "a strided slice takes it by its place")
+        return rows
+    op.freeze(axis, "a strided slice that is no view of rows")
+    return op.fixed(count, "a strided slice that is no view of rows")
+
+
+def select(op: LabelledOp) -> Labels:
+    """``select(x, dim, index)``: the index is named in the code, so it stays."""
+    x = op.arg(0, "self")
+    labels = list(op[x])
+    dim, index = int(op.arg(1, "dim")) % len(labels), int(op.arg(2, "index"))
+    axis = labels.pop(dim)
+    index %= axis.size
+    op.freeze(op.take(axis, index, index + 1), "selected by its index")
+    return tuple(labels)
+
+
+def unbind(op: LabelledOp) -> Sequence[Labels]:
+    """``unbind(x, dim)``: every index is named in the code."""
+    x = op.arg(0, "self")
+    labels = list(op[x])
+    axis = labels.pop(int(op.arg(1, "dim", 0)) % len(labels))
+    op.freeze(axis, "unbound into single tensors")
+    return [tuple(labels) for _ in op.op.outs]
+
+
+def split(op: LabelledOp) -> Sequence[Labels]:
+    """``split``, ``chunk``, ``tensor_split``: consecutive slices, whose sizes the outputs tell."""
+    x = op.arg(0, "self")
+    dim = int(op.arg(2, "dim", 0)) % len(x.shape)
+    labels = op[x]
+    outs, start = [], 0
+    for out in op.op.outs:
+        piece = op.take(labels[dim], start, start + out.shape[dim])
+        outs.append(tuple(piece if d == dim else axis for d, axis in enumerate(labels)))
+        start += out.shape[dim]
+    return outs
+
+
+def pad(op: LabelledOp) -> Labels:
+    """``constant_pad_nd(x, pad, value)``: padding on both ends of a live dim can shrink too."""
+    x, amounts = op.arg(0, "self"), list(op.arg(1, "pad"))
+    labels = list(op[x])
+    for k in range(len(amounts) // 2):
+        d = len(labels) - 1 - k
+        before, after = amounts[2 * k], amounts[2 * k + 1]
+        if before == 0 and after == 0:
+            continue
+        if before < 0 or after < 0 or isinstance(resolve(labels[d]), Fixed):
+            op.freeze(labels[d], "cropped")
+            labels[d] = op.fixed(op.out.shape[d], "padded")
+            continue
+        parts = (_padding(op, before, d), labels[d], _padding(op, after, d))
+        labels[d] = Cat(p for p in parts if p.size)
+    return tuple(labels)
+
+
+def _padding(op: LabelledOp, size: int, dim: int) -> Axis:
+    return op.fresh(size, dim, weak=True) if size else op.fixed(0, "no padding")
+
+
+def flip(op: LabelledOp) -> Labels:
+    """``flip(x, dims)``: index i becomes n-1-i, which slices can't follow, so live dims are frozen."""
+    labels = op[op.arg(0, "self")]
+    for d in op.arg(1, "dims"):
+        op.freeze(labels[int(d) % len(labels)], "flipped")
+    return labels
+
+
+def roll(op: LabelledOp) -> Labels:
+    """``roll(x, shifts, dims)``: shifts are counted in indices, so rolled dims are frozen."""
+    x = op.arg(0, "self")
+    labels = op[x]
+    dims = op.arg(2, "dims", ()) or range(len(labels))
+    for d in dims:
+        op.freeze(labels[int(d) % len(labels)], "rolled")
+    return labels
+
+
+def repeat(op: LabelledOp) -> Labels:
+    """``repeat(x, repeats)``: out index (r, i) is x index i."""
+    x = op.arg(0, "self")
+    repeats = op.arg(1, "repeats")
+    labels = [op.fixed(1, "size 1")] * (len(repeats) - len(x.shape)) + list(op[x])
+    out: list[Axis] = []
+    for d, (axis, n) in enumerate(zip(labels, repeats, strict=True)):
+        if n == 1:
+            out.append(axis)
+        elif n == 0:
+            out.append(op.fixed(0, "empty"))
+        else:
+            copies = op.fresh(int(n), d, weak=True)
+            out.append(copies if axis.size == 1 else Prod((copies, axis)))
+    return tuple(out)
+
+
+def repeat_interleave(op: LabelledOp) -> Labels | Refusal:
+    """``repeat_interleave(x, n, dim)``: out index (i, r) is x index i."""
+    x, n = op.arg(0, "self"), op.arg(1, "repeats")
+    dim = op.arg(2, "dim")
+    if not isinstance(n, int) or dim is None:
+        return Refusal("the number of repeats is data")
+    d = int(dim) % len(x.shape)
+    labels = list(op[x])
+    copies = op.fresh(n, d, weak=True)
+    labels[d] = copies if labels[d].size == 1 else Prod((labels[d], copies))
+    return tuple(labels)
+
+
+def diagonal(op: LabelledOp) -> Labels:
+    """``diagonal(x, offset, dim1, dim2)``: the two dims are matched by place, so both are frozen."""
+    x = op.arg(0, "self")
+    n = len(x.shape)
+    a, b = int(op.arg(2, "dim1", 0)) % n, int(op.arg(3, "dim2", 1)) % n
+    labels = op[x]
+    op.freeze(labels[a], "a diagonal runs through it")
+    op.freeze(labels[b], "a diagonal runs through it")
+    rest = tuple(axis for d, axis in enumerate(labels) if d not in (a, b))
+    return (*rest, op.fixed(op.out.shape[-1], "a diagonal"))
+
+
+def triangle(op: LabelledOp) -> Labels:
+    """``tril``, ``triu``: rows and columns are matched by place, so the last two dims are frozen."""
+    labels = op[op.arg(0, "self")]
+    for axis in labels[-2:]:
+        op.freeze(axis, "a triangle is cut out of it")
+    return labels
+
+
+def unfold(op: LabelledOp) -> Labels:
+    """``unfold(x, dim, size, step)``: windows over ``dim``, which is frozen."""
+    x = op.arg(0, "self")
+    d = int(op.arg(1, "dimension")) % len(x.shape)
+    labels = list(op[x])
+    op.freeze(labels[d], "windows run over it")
+    labels[d] = op.fixed(op.out.shape[d], "windows")
+    return (*labels, op.fixed(op.out.shape[-1], "a window"))
+
+

@@ -1,0 +1,121 @@
+"""Reductions that are no plain sum: they see kept units only, or their dim is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.rules.contraction import _dims, _reduced_labels
+
+__all__ = ["average", "batch_norm", "extreme", "group_norm", "layer_norm", "ordered", "rms_norm", "softmax"]
+
+
+def batch_norm(op: LabelledOp) -> Sequence[Labels]:
+    """x: (N, C, *s) with C statistics, weights and biases -> the same; statistics per channel."""
+    x = op.arg(0, "input")
+    channels = op[x][1]
+    for slot in op.op.inputs():
+        if slot is not x and slot.shape == (x.shape[1],):
+            op.tie(channels, op[slot][0])
+    outs: list[Labels] = [op[x]]
+    for out in op.op.outs[1:]:
+        outs.append((channels,) if out.shape == (x.shape[1],) else tuple(op.fixed(n) for n in out.shape))
+    return outs
+
+
+def layer_norm(op: LabelledOp) -> Sequence[Labels]:
+    """``native_layer_norm(x, normalized_shape, w, b, eps)``: mean and variance over the last dims."""
+    x = op.arg(0, "input")
+    return _over_last_dims(op, op.arg(1, "normalized_shape"), (op.arg(2, "weight"), op.arg(3, "bias")), op[x])
+
+
+def rms_norm(op: LabelledOp) -> Sequence[Labels]:
+    """``_fused_rms_norm(x, normalized_shape, w, eps)``: mean of squares over the last dims."""
+    x = op.arg(0, "input")
+    return _over_last_dims(op, op.arg(1, "normalized_shape"), (op.arg(2, "weight"),), op[x])
+
+
+def _over_last_dims(op: LabelledOp, shape: Sequence[int], weights: Sequence[object], labels: Labels) -> Sequence[Labels]:
+    x = op.arg(0, "input")
+    n = len(shape)
+    for w in weights:
+        if w is not None:
+            for a, b in zip(labels[-n:], op[w], strict=True):  # type: ignore[index]
+                op.tie(a, b)
+    for d in range(len(labels) - n, len(labels)):
+        op.reduce(x, d)
+    outs = [labels]
+    for out in op.op.outs[1:]:
+        kept = list(labels[: len(labels) - n]) + [op.fixed(1, "size 1")] * n
+        outs.append(tuple(kept[: len(out.shape)]) if out.shape else ())
+    return outs
+
+
+def group_norm(op: LabelledOp) -> Sequence[Labels]:
+    """``native_group_norm(x, w, b, N, C, HxW, group, eps)``: statistics over the channels of each group.
+
+    x: (N, G*I, *s): whole groups go, or the same channels of every group.
+    """
+    x, w, b = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
+    groups = int(op.arg(6, "group"))
+    channels = op[x][1]
+    group, inner = op.split(channels, groups, channels.size // groups)
+    op.facts.notes["groups"] = group
+    for slot in (w, b):
+        if slot is not None:
+            op.tie(channels, op[slot][0])
+    op.reduce(x, 1)
+    statistics = (op[x][0], group)
+    return [op[x], *(statistics[: len(out.shape)] for out in op.op.outs[1:])]
+
+
+def average(op: LabelledOp) -> Sequence[Labels]:
+    """``mean``, ``var``, ``std`` over dims: units that don't exist are not counted."""
+    x = op.arg(0, "self")
+    if "correction" in op.op.op._overloadname or "dim" in op.op.op._overloadname:
+        dims = _dims(op, x, op.arg(1, "dim"))
+    else:
+        dims = list(range(len(x.shape)))
+    for d in dims:
+        op.reduce(x, d)
+    labels = _reduced_labels(op, x, dims)
+    return [labels for _ in op.op.outs]
+
+
+def softmax(op: LabelledOp) -> Sequence[Labels]:
+    """Softmax and log-softmax over ``dim`` are frozen there: every index has a share."""
+    x = op.arg(0, "self")
+    labels = op[x]
+    if labels:
+        op.freeze(labels[int(op.arg(1, "dim")) % len(labels)], "softmax runs over it")
+    return [labels for _ in op.op.outs]
+
+
+def extreme(op: LabelledOp) -> Sequence[Labels] | Refusal:
+    """``max``, ``min``, ``argmax``, ``logsumexp``, ``prod``, ``any``... over dims: frozen there."""
+    x = op.arg(0, "self")
+    if any(slot is not x for slot in op.op.inputs()):
+        return Refusal("a reduction with a second operand")
+    has_dim = len(op.op.args) > 1 or "dim" in op.op.kwargs
+    dims = _dims(op, x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
+    for d in dims:
+        op.freeze(op[x][d], "a maximum or a product runs over it")
+    labels = _reduced_labels(op, x, dims)
+    return [labels for _ in op.op.outs]
+
+
+def ordered(op: LabelledOp) -> Sequence[Labels]:
+    """``sort``, ``topk``: the dim that is ordered is frozen, the others pass."""
+    x = op.arg(0, "self")
+    name = op.name.rpartition("::")[2]
+    dim = op.arg(2, "dim", -1) if name in ("topk", "kthvalue") else op.arg(1, "dim", -1)
+    dim = int(dim) % max(len(x.shape), 1) if not isinstance(dim, bool) else len(x.shape) - 1
+    op.freeze(op[x][dim], "its order decides")
+    outs = []
+    for out in op.op.outs:
+        outs.append(
+            tuple(op.fixed(out.shape[d], "ordered") if d == dim else axis for d, axis in enumerate(op[x]))
+            if len(out.shape) == len(x.shape)
+            else tuple(axis for d, axis in enumerate(op[x]) if d != dim)
+        )
+    return outs

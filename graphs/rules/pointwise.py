@@ -1,0 +1,67 @@
+"""Operators that act on each element: sizes agree or are 1, so channels of all operands are the same channels."""
+
+from __future__ import annotations
+
+from chase_fx.graphs.rules.base import Labels, LabelledOp
+
+__all__ = ["broadcast", "cumulative", "gated", "like", "unary"]
+
+
+def broadcast(op: LabelledOp) -> list[Labels]:
+    """Operands are aligned at their last dims; a dim of size 1 is repeated and ties nothing.
+
+    xs[i]: (..., C or 1) -> out: (..., C)
+    """
+    outs: list[Labels] = []
+    for out in op.op.outs:
+        labels = []
+        for d, size in enumerate(out.shape):
+            back = len(out.shape) - d
+            label = None
+            for slot in op.op.inputs():
+                if len(slot.shape) < back or slot.shape[-back] != size:
+                    continue
+                axis = op[slot][-back]
+                if label is None:
+                    label = axis
+                else:
+                    op.tie(label, axis)
+            labels.append(op.fixed(size, "size 1") if label is None else label)
+        outs.append(tuple(labels))
+    return outs
+
+
+def unary(op: LabelledOp) -> list[Labels]:
+    """Every output has the axes of the first operand (clone, dropout with its mask, casts)."""
+    first = next(op.op.inputs())
+    return [op[first] if out.shape == first.shape else tuple(op.fixed(n) for n in out.shape) for out in op.op.outs]
+
+
+def like(op: LabelledOp) -> Labels:
+    """``zeros_like`` and ``ones_like``: constants of the operand's axes."""
+    return op[op.arg(0, "self")]
+
+
+def cumulative(op: LabelledOp) -> list[Labels]:
+    """``cumsum(x, dim)``: each index depends on the ones before it, so ``dim`` is frozen."""
+    slot = op.arg(0, "self")
+    dim = int(op.arg(1, "dim", 0)) % max(len(slot.shape), 1)
+    labels = op[slot]
+    if labels:
+        op.freeze(labels[dim], "a running reduction depends on every index")
+    return [labels for _ in op.op.outs]
+
+
+def gated(op: LabelledOp) -> Labels:
+    """``glu(x, dim)``: the first half times the sigmoid of the second, so both halves keep the same channels.
+
+    x: (N, 2*C, *s) -> out: (N, C, *s) for dim = 1
+    """
+    x = op.arg(0, "self")
+    labels = list(op[x])
+    dim = int(op.arg(1, "dim", -1)) % len(labels)
+    half = x.shape[dim] // 2
+    first, second = op.take(labels[dim], 0, half), op.take(labels[dim], half, 2 * half)
+    op.tie(first, second)
+    labels[dim] = first
+    return tuple(labels)

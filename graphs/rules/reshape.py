@@ -1,0 +1,83 @@
+"""Views: the same elements in row-major order under other sizes.
+
+Dims are matched in blocks by the common refinement of the cumulative sizes. A block of several input dims is a product;
+a block with several output dims is factored. What is a product twice is refined to the common factors (see ``axes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chase_fx.graphs.axes import Axis, Prod
+from chase_fx.graphs.rules.base import Labels, LabelledOp
+
+__all__ = ["channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
+
+
+def reshape(op: LabelledOp) -> Labels:
+    """``view``, ``reshape``, ``flatten``, ``unflatten``, ``_unsafe_view``."""
+    x = next(op.op.inputs())
+    return reshape_labels(op, op[x], op.out.shape)
+
+
+def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
+    """The labels of ``shape`` when its elements are those of ``labels`` in row-major order."""
+    if 0 in shape:
+        return tuple(op.fixed(n, "empty") for n in shape)
+    out: list[Axis] = []
+    sizes = [axis.size for axis in labels]
+    i = j = 0
+    while i < len(sizes) or j < len(shape):
+        if i < len(sizes) and sizes[i] == 1:
+            i += 1
+            continue
+        if j < len(shape) and shape[j] == 1:
+            out.append(op.fixed(1, "size 1"))
+            j += 1
+            continue
+        first, left, right = i, sizes[i], shape[j]
+        ends = [j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left *= sizes[i]
+                i += 1
+            else:
+                right *= shape[j]
+                ends.append(j)
+                j += 1
+        block: Axis = labels[first] if i - first == 1 else Prod(labels[first:i])
+        for d in ends[:-1]:
+            head, block = op.split(block, shape[d], block.size // shape[d])
+            out.append(head)
+        out.append(block)
+    return tuple(out)
+
+
+def channel_shuffle(op: LabelledOp) -> Labels:
+    """x: (N, G*C, *s) -> (N, C*G, *s); the group count is an argument that stays, so groups are frozen."""
+    x, groups = op.arg(0, "self"), int(op.arg(1, "groups"))
+    labels = op[x]
+    group, inner = op.split(labels[1], groups, labels[1].size // groups)
+    op.freeze(group, "the number of groups to shuffle")
+    return (labels[0], Prod((inner, group)), *labels[2:])
+
+
+def pixel_shuffle(op: LabelledOp) -> Labels:
+    """x: (..., C*r*r, H, W) -> (..., C, H*r, W*r): the r*r copies become pixels, so they stay."""
+    x, r = op.arg(0, "self"), int(op.arg(1, "upscale_factor"))
+    labels = op[x]
+    channels, copies = op.split(labels[-3], labels[-3].size // (r * r), r * r)
+    op.freeze(copies, "they become pixels")
+    for axis in labels[-2:]:
+        op.freeze(axis, "not a channel dim")
+    return (*labels[:-3], channels, *(op.fixed(n) for n in op.out.shape[-2:]))
+
+
+def pixel_unshuffle(op: LabelledOp) -> Labels:
+    """x: (..., C, H*r, W*r) -> (..., C*r*r, H, W)."""
+    x, r = op.arg(0, "self"), int(op.arg(1, "downscale_factor"))
+    labels = op[x]
+    for axis in labels[-2:]:
+        op.freeze(axis, "not a channel dim")
+    return (*labels[:-3], Prod((labels[-3], op.fixed(r * r, "pixels"))), *(op.fixed(n) for n in op.out.shape[-2:]))

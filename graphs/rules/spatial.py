@@ -1,0 +1,43 @@
+"""Operators on space: pooling, interpolation, border padding. Leading dims pass, the last ``k`` are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from chase_fx.graphs.axes import Prod
+from chase_fx.graphs.rules.base import Labels, LabelledOp
+
+__all__ = ["grid_sample", "im2col", "over_last"]
+
+
+def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
+    """A rule for an operator that mixes the last ``k`` dims: (..., C, *s) -> (..., C, *s')."""
+
+    def rule(op: LabelledOp) -> Sequence[Labels]:
+        x = next(op.op.inputs())
+        labels = op[x]
+        for axis in labels[len(labels) - k :]:
+            op.freeze(axis, "not a channel dim")
+        lead = labels[: len(labels) - k]
+        return [(*lead, *(op.fixed(n) for n in out.shape[len(lead) :])) for out in op.op.outs]
+
+    return rule
+
+
+def grid_sample(op: LabelledOp) -> Labels:
+    """x: (N, C, *s), grid: (N, *s', k) -> (N, C, *s')."""
+    x, grid = op.arg(0, "input"), op.arg(1, "grid")
+    op.tie(op[x][0], op[grid][0])
+    for axis in (*op[x][2:], *op[grid][1:]):
+        op.freeze(axis, "not a channel dim")
+    return (op[x][0], op[x][1], *(op.fixed(n) for n in op.out.shape[2:]))
+
+
+def im2col(op: LabelledOp) -> Labels:
+    """x: (N, C, H, W) -> (N, C*k*k, L)."""
+    x = op.arg(0, "self")
+    labels = op[x]
+    for axis in labels[-2:]:
+        op.freeze(axis, "not a channel dim")
+    window = op.out.shape[-2] // labels[-3].size
+    return (*labels[:-3], Prod((labels[-3], op.fixed(window, "a window"))), op.fixed(op.out.shape[-1]))

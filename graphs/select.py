@@ -1,0 +1,162 @@
+"""Which units of each group stay: scores, floors and rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from chase_fx.errors import ArgumentError, NothingToPruneError
+from chase_fx.graphs.axes import Atom, Cat, Prod, atoms_of, resolve
+
+if TYPE_CHECKING:
+    from chase_fx.graphs.channels import ChannelGraph, Group
+
+__all__ = ["choose", "magnitude"]
+
+Score = str | Callable[["Group"], torch.Tensor]
+
+
+def choose(
+    channels: ChannelGraph, channel_sparsity: float, score: Score, round_to: int, scope: str
+) -> dict[str, torch.Tensor]:
+    """Group name -> (size,) bool of the units that stay."""
+    if isinstance(channel_sparsity, bool) or not isinstance(channel_sparsity, (int, float)):
+        raise ArgumentError(f"channel_sparsity must be a number in [0, 1), found {channel_sparsity!r}")
+    if not 0 <= channel_sparsity < 1:
+        raise ArgumentError(f"channel_sparsity must be in [0, 1) (the share that is removed), found {channel_sparsity}")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise ArgumentError(f"round_to must be a positive integer, found {round_to!r}")
+    if scope not in ("group", "global"):
+        raise ArgumentError(f"scope must be 'group' or 'global', found {scope!r}")
+    if not channels.groups:
+        reasons = list(dict.fromkeys(channels.frozen.values()))[:3]
+        raise NothingToPruneError(f"every channel is frozen, so nothing can be pruned: {'; '.join(reasons)}")
+    if channel_sparsity == 0:
+        return {}
+    counts = widths(channels, 1 - channel_sparsity, round_to)
+    scores = {group.name: _score(channels, group, score) for group in channels.groups}
+    if scope == "global":
+        counts = _global_counts(channels, counts, scores)
+    kept = {}
+    for group in channels.groups:
+        # A stable sort on descending scores keeps the lowest index among equals.
+        order = torch.sort(scores[group.name], descending=True, stable=True).indices
+        mask = torch.zeros(group.size, dtype=torch.bool)
+        mask[order[: counts[group.name]]] = True
+        kept[group.name] = mask
+    return kept
+
+
+def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[str, int]:
+    """How many units of each group stay when every coupled axis keeps about ``density`` of its indices.
+
+    In a product (heads x head_dim, groups x channels in a group) the carrier gives way first, and the others only make
+    up for what its rounding left: both at ``density`` would keep its square.
+    """
+    partners = _products(channels)
+    share: dict[Atom, float] = {}
+    counts: dict[str, int] = {}
+    for group in sorted(channels.groups, key=lambda g: (g.atom.weak, not g.atom.carrier, -g.size)):
+        need = 0.0
+        contexts = partners.get(group.atom, [])
+        alone = len(contexts) == 0 or any(not others for others in contexts)
+        if alone:
+            need = density
+        for others in contexts:
+            need = max(need, density / math.prod(share.get(o, 1.0) for o in others))
+        need = min(need, 1.0)
+        keep = max(1, min(group.size, math.floor(group.size * need + 0.5)))
+        multiple = round_to
+        for others in contexts:
+            multiple = round_to // math.gcd(round_to, math.prod(_kept(o, share) for o in others) or 1)
+        if multiple > 1:
+            keep = min(group.size, max(multiple, round(keep / multiple) * multiple))
+        counts[group.name] = keep
+        share[group.atom] = keep / group.size
+    return counts
+
+
+def _kept(atom: Atom, share: dict[Atom, float]) -> int:
+    return round(atom.size * share.get(atom, 1.0))
+
+
+def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
+    """For each atom, the other live atoms of every product that it is a factor of (empty: it also stands alone)."""
+    found: dict[Atom, dict[tuple[Atom, ...], None]] = {}
+
+    def visit(axis: object, outer: tuple[Atom, ...]) -> None:
+        axis = resolve(axis)  # type: ignore[arg-type]
+        if isinstance(axis, Atom):
+            found.setdefault(axis, {})[outer] = None
+        elif isinstance(axis, Cat):
+            for part in axis.parts:
+                visit(part, outer)
+        elif isinstance(axis, Prod):
+            for i, factor in enumerate(axis.factors):
+                others = [f for j, f in enumerate(axis.factors) if j != i]
+                # A factor that is itself a concatenation stands for the first of its atoms.
+                atoms = [a for f in others if (a := next(atoms_of(f), None)) is not None]
+                visit(factor, (*outer, *atoms))
+
+    for name, labels in channels.labelling.state.items():
+        if name not in channels._info.aliases:
+            for axis in labels:
+                visit(axis, ())
+    return {atom: list(contexts) for atom, contexts in found.items()}
+
+
+def _score(channels: ChannelGraph, group: Group, score: Score) -> torch.Tensor:
+    if callable(score):
+        values = torch.as_tensor(score(group)).detach().to("cpu", torch.float64)
+        if values.shape != (group.size,):
+            raise ArgumentError(f"the score of {group.name!r} must have shape ({group.size},), found {tuple(values.shape)}")
+        if torch.isnan(values).any():
+            raise ArgumentError(f"the score of {group.name!r} holds NaN")
+        return values
+    if score == "magnitude":
+        return magnitude(channels, group)
+    if score == "random":
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(group.size, generator=generator, dtype=torch.float64)
+    raise ArgumentError(f"unknown score {score!r}; choose 'magnitude', 'random' or a function of a group")
+
+
+def magnitude(channels: ChannelGraph, group: Group) -> torch.Tensor:
+    """Root mean square over every weight of a unit, each member in units of its own mean, so that none dominates."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for member in group.members:
+        tensor = _tensor(channels, member.tensor)
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        energy = tensor.detach().square().movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
+        per_index = energy.mean(1, dtype=torch.float64).cpu()
+        per_unit = per_index[member.positions].mean(1)
+        mean = per_unit.mean()
+        if mean > 0:
+            total += per_unit / mean
+    return total.sqrt()
+
+
+def _tensor(channels: ChannelGraph, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(channels._module.get_submodule(owner), leaf)
+    return tensor
+
+
+def _global_counts(
+    channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]
+) -> dict[str, int]:
+    """Spend the same total over all groups by rank; no group falls below a tenth of its share, nor below one unit."""
+    floors = {g.name: max(1, math.ceil(0.1 * counts[g.name])) for g in channels.groups}
+    left = sum(counts.values()) - sum(floors.values())
+    ranked = []
+    for i, group in enumerate(channels.groups):
+        values = torch.sort(scores[group.name], descending=True, stable=True).values.tolist()
+        ranked += [(-v, i, k) for k, v in enumerate(values) if k >= floors[group.name]]
+    out = dict(floors)
+    for _, i, _ in sorted(ranked)[:left]:
+        out[channels.groups[i].name] += 1
+    return out

@@ -1,0 +1,154 @@
+"""The tape: every ATen call of a forward, with the FX node that it belongs to.
+
+Labels are propagated over the tape rather than over the torch-level graph, because a few dozen ATen operators cover what
+hundreds of torch functions and modules do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One tensor of the forward. ``name`` is set for parameters, buffers and constants of the module."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str = "value"  # value | parameter | buffer | constant | input
+    name: str | None = None
+    storage: int = 0
+    stride: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"%{self.index}{list(self.shape)}" + (f"={self.name}" if self.name else "")
+
+
+@dataclass(slots=True, eq=False)
+class TapedOp:
+    """One ATen call; tensors in ``args`` and ``kwargs`` are replaced by their slots."""
+
+    op: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[Slot, ...]
+    node: str = ""
+    source: str = ""
+    call: str = ""  # the torch-level function or module of the node
+    operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Argument ``index`` of the schema, whichever way it was passed."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def inputs(self) -> Iterator[Slot]:
+        """Every tensor argument in order."""
+        yield from slots_in(self.args)
+        yield from slots_in(self.kwargs)
+
+
+def slots_in(value: Any) -> Iterator[Slot]:
+    """Every slot inside nested tuples, lists and dicts."""
+    if isinstance(value, Slot):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from slots_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from slots_in(item)
+
+
+# The in-place operators that change the shape of a tensor object; what they return is another axis layout.
+_RESHAPING = frozenset(
+    {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_", "as_strided_"}
+)
+
+
+@dataclass
+class Tape:
+    """Calls in order, and the slot of every tensor seen. Tensors are held so that their identities stay unique."""
+
+    ops: list[TapedOp] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    _by_id: dict[int, Slot] = field(default_factory=dict)
+    _alive: list[torch.Tensor] = field(default_factory=list)
+
+    def slot_of(self, tensor: torch.Tensor) -> Slot:
+        """The slot of ``tensor``; a new one when it was never seen."""
+        slot = self._by_id.get(id(tensor))
+        return self.add(tensor) if slot is None else slot
+
+    def add(self, tensor: torch.Tensor, kind: str = "value", name: str | None = None) -> Slot:
+        """Give ``tensor`` a new slot."""
+        stride = tensor.stride() if tensor.layout is torch.strided else None
+        slot = Slot(len(self.slots), tuple(map(int, tensor.shape)), tensor.dtype, kind, name, _storage(tensor), stride)
+        self.slots.append(slot)
+        self._by_id[id(tensor)] = slot
+        self._alive.append(tensor)
+        return slot
+
+    def release(self) -> None:
+        """Let go of the tensors once the capture is over; only shapes are needed from then on."""
+        self._by_id.clear()
+        self._alive.clear()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and functional tensors have no storage
+        return id(tensor)
+
+
+class TapeMode(TorchDispatchMode):
+    """Writes each ATen call to a tape. ``stop()`` and ``go()`` are cheaper than leaving the mode."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tape = self.tape
+        taped_args = _replace(args, tape.slot_of)
+        taped_kwargs = _replace(kwargs, tape.slot_of) if kwargs else {}
+        out = func(*args, **kwargs)
+        if func._schema.name.rpartition("::")[2] in _RESHAPING and isinstance(out, torch.Tensor):
+            outs: tuple[Slot, ...] = (tape.add(out),)
+        else:
+            outs = tuple(_slots_of_output(out, tape))
+        tape.ops.append(TapedOp(func, taped_args, taped_kwargs, outs))
+        return out
+
+
+def _replace(value: Any, slot_of: Callable[[torch.Tensor], Slot]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return slot_of(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_replace(v, slot_of) for v in value]) if type(value) in (tuple, list) else tuple(
+            _replace(v, slot_of) for v in value
+        )
+    if isinstance(value, dict):
+        return {k: _replace(v, slot_of) for k, v in value.items()}
+    return int(value) if isinstance(value, int) and type(value) is not int and type(value) is not bool else value
+
+
+def _slots_of_output(out: Any, tape: Tape) -> Iterator[Slot]:
+    if isinstance(out, torch.Tensor):
+        yield tape.slot_of(out)
+    elif isinstance(out, (tuple, list)):
+        for item in out:
+            yield from _slots_of_output(item, tape)

@@ -1,0 +1,141 @@
+"""The module that a capture and a rewrite give: a ``torch.fx.GraphModule`` that keeps the original module tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+from torch.fx.graph_module import _forward_from_src
+
+from chase_fx.graphs.tape import Slot, Tape
+
+if TYPE_CHECKING:
+    from chase_fx.graphs.plan import PruningPlan
+
+__all__ = ["Capture", "TracedModule", "TrainingFlag", "capture_of"]
+
+# What makes up the state of an nn.Module, apart from attributes that only the original forward reads.
+_MODULE_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
+
+
+class TrainingFlag(nn.Module):
+    """Gives ``self.training``, so that one graph can hold constants that differ between train and eval mode."""
+
+    def forward(self) -> bool:
+        """Whether the module is in training mode."""
+        return self.training
+
+
+@dataclass(frozen=True)
+class OutputLeaf:
+    """One tensor of the forward's result: where it lies (``"logits"``, ``"hidden_states.3"``) and its slot."""
+
+    path: str
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One recorded forward."""
+
+    mode: str  # "eval" or "train"
+    tape: Tape
+    outputs: tuple[OutputLeaf, ...]
+
+
+@dataclass
+class TraceInfo:
+    """What the passes need to know about a capture; shared by every copy of the module."""
+
+    model: str
+    captures: tuple[Capture, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    specialised: tuple[str, ...] = ()
+    structure: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # second names of tied tensors -> the first
+    constants: frozenset[str] = frozenset()  # tensors that the model uses but does not register
+    analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
+
+
+class TracedModule(GraphModule):
+    """A GraphModule over the original module tree.
+
+    ``graph`` is what runs in eval mode, and in train mode too unless the model's structure differs there
+    (auxiliary heads); then ``train_graph`` is what runs in train mode.
+    """
+
+    plan: PruningPlan | None = None
+    train_graph: Graph | None = None
+    info: TraceInfo | None = None
+
+    @classmethod
+    def build(
+        cls, root: nn.Module, graph: Graph, train_graph: Graph | None, info: TraceInfo, class_name: str
+    ) -> TracedModule:
+        """A module that runs ``graph`` on the parameters and submodules of ``root``, which it takes over."""
+        module = cls(nn.Module(), Graph(), class_name)
+        for name in _MODULE_STATE:
+            module.__dict__[name] = root.__dict__[name]
+        module.__dict__["info"] = info
+        module.__dict__["train_graph"] = train_graph
+        for g in (graph, train_graph):
+            if g is not None:
+                g.owning_module = module
+        module.graph = graph
+        return module
+
+    def recompile(self) -> Any:
+        """Regenerate ``forward`` from the graphs."""
+        code = super().recompile()
+        if self.train_graph is not None:
+            cls = type(self)
+            cls.forward = _by_mode(cls.forward, _compile(self.train_graph))  # type: ignore[method-assign]
+        return code
+
+    def graphs(self) -> list[Graph]:
+        """The graph of each captured mode, in the order of ``info.captures``."""
+        return [self.graph] if self.train_graph is None else [self.graph, self.train_graph]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        root = nn.Module()
+        for name in _MODULE_STATE:
+            root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        assert self.info is not None
+        train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
+        new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, self._get_name())
+        memo[id(self)] = new
+        new.meta = dict(self.meta)
+        if self.plan is not None:
+            new.__dict__["plan"] = self.plan
+        return new
+
+
+def _compile(graph: Graph) -> Callable[..., Any]:
+    code = graph.python_code(root_module="self")
+    forward: Callable[..., Any] = _forward_from_src(code.src, code.globals, {})
+    return forward
+
+
+def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+
+    return forward
+
+
+def capture_of(module: torch.nn.Module) -> TraceInfo:
+    """The capture that ``module`` was made from."""
+    from chase_fx.errors import ArgumentError
+
+    info = getattr(module, "info", None)
+    if not isinstance(module, TracedModule) or not isinstance(info, TraceInfo):
+        raise ArgumentError(
+            f"expected a module made by chase_fx.trace, found {type(module).__name__}; call chase_fx.trace(model, args) first"
+        )
+    return info

@@ -1,0 +1,85 @@
+"""Dense and kept sizes of labelled dims, and the conversion of size arguments between the two.
+
+All integers in the graph keep their dense meaning: a size that is read from a shrunken dim is scaled back up right
+there, arithmetic runs on dense numbers, and a number becomes a kept size only where it is used as one. So no channel
+size is ever computed from another live size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, fixed_of, kept_count, resolve
+from chase_fx.graphs.rules.base import Labels
+
+__all__ = ["Counts"]
+
+
+class Counts:
+    """Kept sizes under one plan."""
+
+    def __init__(self, axes: Axes, kept: Mapping[Atom, int]) -> None:
+        self._axes = axes
+        self._kept = kept
+
+    def kept(self, axis: Axis) -> int:
+        """How many indices stay."""
+        return kept_count(axis, self._kept)
+
+    def live(self, axis: Axis) -> bool:
+        """Whether the plan removes any index."""
+        return self.kept(axis) != axis.size
+
+    def any_live(self, labels: Labels) -> bool:
+        """Whether the plan shrinks any dim."""
+        return any(map(self.live, labels))
+
+    def before(self, axis: Axis, index: int) -> int:
+        """How many indices below ``index`` stay: where dense index ``index`` is found after pruning."""
+        return self.kept(self._axes.take(axis, 0, index, Cause("", "rewrite")))
+
+    def between(self, axis: Axis, start: int, stop: int) -> int:
+        """How many indices in ``start:stop`` stay."""
+        return self.kept(self._axes.take(axis, start, stop, Cause("", "rewrite")))
+
+    def _scale(self, axis: Axis) -> tuple[int, int, int]:
+        """(dense, kept, offset): what a dense size is divided by, multiplied with, and shifted by.
+
+        Fixed factors (batch, space) may differ from call to call, also where they were 1 in the capture and left no
+        trace, so a size is scaled by its live part. Fixed *parts* of a concatenation are shifted instead.
+        """
+        axis = resolve(axis)
+        if isinstance(axis, Prod):
+            parts = [f for f in axis.factors if not isinstance(f, Fixed)]
+            return math.prod(f.size for f in parts), math.prod(map(self.kept, parts)), 0
+        if isinstance(axis, Cat) and any(True for _ in fixed_of(axis)):
+            return 1, 1, self.kept(axis) - axis.size
+        return axis.size, self.kept(axis), 0
+
+    def shrink(self, graph: Graph, value: Any, axis: Axis) -> Any:
+        """A dense size argument as a kept one. Nodes are inserted at the graph's insertion point."""
+        if not self.live(axis):
+            return value
+        if isinstance(value, Node):
+            dense, kept, offset = self._scale(axis)
+            if offset:
+                return graph.call_function(operator.add, (value, offset))
+            return graph.call_function(operator.mul, (graph.call_function(operator.floordiv, (value, dense)), kept))
+        return self.kept(axis) if value == axis.size else value
+
+    def grow(self, graph: Graph, read: Node, labels: Labels) -> Any:
+        """The dense value of a size (one label) or an element count (all of them) read from a shrunken tensor."""
+        scales = [self._scale(axis) for axis in labels]
+        if len(labels) == 1 and scales[0][2]:
+            return graph.call_function(operator.sub, (read, scales[0][2]))
+        parts = [
+            (axis.size, self.kept(axis)) if offset else (dense, kept)
+            for axis, (dense, kept, offset) in zip(labels, scales, strict=True)
+        ]
+        dense, kept = math.prod(p[0] for p in parts), math.prod(p[1] for p in parts)
+        return graph.call_function(operator.mul, (graph.call_function(operator.floordiv, (read, kept)), dense))

@@ -1,0 +1,63 @@
+"""The slim module tree: tensors sliced to their kept indices, and the size attributes of modules set to match."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from chase_fx.graphs.leaves import SIZE_ATTRIBUTES
+
+__all__ = ["resize", "slice_tensor", "slim_tree"]
+
+Kept = tuple[torch.Tensor | None, ...]
+
+
+def slice_tensor(tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The kept indices of every dim; a copy that shares no memory."""
+    out = tensor.detach()
+    for dim, indices in enumerate(kept):
+        if indices is not None:
+            out = out.index_select(dim, indices.to(out.device))
+    return out.clone() if out.data_ptr() == tensor.data_ptr() else out
+
+
+def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
+    """A deep copy of the module's state in which the tensors named in ``pruned`` are sliced.
+
+    The slices go into deepcopy's memo, so ties between modules survive and dense tensors are never copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        sliced = slice_tensor(tensor, pruned.get(name, (None,) * tensor.dim()))
+        if isinstance(tensor, nn.Parameter):
+            parameter = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = parameter
+        else:
+            memo[id(tensor)] = sliced.requires_grad_(tensor.requires_grad)
+    names = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
+    return {name: copy.deepcopy(module.__dict__[name], memo) for name in names}
+
+
+def resize(module: nn.Module) -> None:
+    """Set the size attributes of one module from its tensors."""
+    for cls, attributes in SIZE_ATTRIBUTES.items():
+        if isinstance(module, cls):
+            for attribute, name, dim in attributes:
+                tensor = module._parameters.get(name)
+                tensor = module._buffers.get(name) if tensor is None else tensor
+                if tensor is not None and hasattr(module, attribute):
+                    setattr(module, attribute, tensor.shape[dim])
+    weight = module._parameters.get("weight")
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    if isinstance(module, _ConvNd) and weight is not None:
+        first, second = weight.shape[0], weight.shape[1]
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups

@@ -1,0 +1,162 @@
+"""The masked reference: what the dense graph computes when the removed units don't exist.
+
+The dense graph runs with all of its weights. Every contraction sees zeros for removed units, and every reduction that is
+no plain sum (mean, variance, the norms) sees kept units only; everywhere else dense values flow, so that a wrong rule
+shows as a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Interpreter, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chase_fx.errors import VerificationError
+from chase_fx.graphs.axes import Atom, Axis, keep_mask
+from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.rules.base import Facts
+from chase_fx.graphs.tape import Slot, TapedOp
+from chase_fx.graphs.traced import TracedModule
+
+__all__ = ["MaskedReference", "gather_kept"]
+
+aten = torch.ops.aten
+
+
+def gather_kept(tensor: torch.Tensor, labels: tuple[Axis, ...], masks: Mapping[Atom, np.ndarray]) -> torch.Tensor:
+    """The kept indices of every dim."""
+    for dim, axis in enumerate(labels):
+        mask = keep_mask(axis, masks)
+        if mask is not None:
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
+    return tensor
+
+
+class MaskedReference(Interpreter):
+    """Runs a traced module under the masks of a plan and keeps the value of every node that has labels."""
+
+    def __init__(self, traced: TracedModule, channels: ChannelGraph, capture: int, masks: Mapping[Atom, np.ndarray]) -> None:
+        super().__init__(traced, garbage_collect_values=False, graph=traced.graphs()[capture])
+        assert traced.info is not None
+        self.tape = traced.info.captures[capture].tape
+        self.labels = channels.labelling.slots[capture]
+        self.facts = channels.labelling.facts[capture]
+        self.masks = masks
+        self.values: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """One node; its ATen calls are matched with those of the capture."""
+        start, stop = n.meta.get("tape", (0, 0))
+        if start == stop:
+            return super().run_node(n)
+        ops = [(self.tape.ops[i], self.facts.get(i)) for i in range(start, stop)]
+        with _MaskedCalls(ops, self):
+            out = super().run_node(n)
+        slot = n.meta.get("slot")
+        if isinstance(out, torch.Tensor) and slot is not None and slot.index in self.labels:
+            # A copy: a later node may write to it in place.
+            self.values[n.name] = gather_kept(out.detach(), self.labels[slot.index], self.masks).clone()
+        return out
+
+    def keep(self, slot: Slot, dim: int) -> np.ndarray | None:
+        """Mask of the kept indices of one dim, ``None`` for all."""
+        return keep_mask(self.labels[slot.index][dim], self.masks)
+
+
+class _MaskedCalls(TorchDispatchMode):
+    def __init__(self, ops: list[tuple[TapedOp, Facts | None]], reference: MaskedReference) -> None:
+        super().__init__()
+        self.ops = iter(ops)
+        self.reference = reference
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        op, facts = next(self.ops, (None, None))
+        if op is None or op.op is not func:
+            raise VerificationError(
+                f"the reference can't be computed: {func} ran where the capture has {op.op if op else 'nothing more'}; "
+                "the forward takes another path than when it was captured"
+            )
+        if facts is None:
+            return func(*args, **kwargs)
+        if facts.contracted:
+            args, kwargs = self._zeroed(op, facts, args, kwargs)
+        if facts.reduced and any(self.reference.keep(s, d) is not None for s, d in facts.reduced):
+            return self._over_kept(func, op, facts, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _zeroed(
+        self, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        zeroed = list(args)
+        kwargs = dict(kwargs)
+        for slot, dim in facts.contracted:
+            mask = self.reference.keep(slot, dim)
+            if mask is None:
+                continue
+            gone = torch.from_numpy(np.flatnonzero(~mask))
+            at = next((i for i, a in enumerate(op.args) if a is slot), None)
+            key = None if at is not None else next(k for k, a in op.kwargs.items() if a is slot)
+            tensor = zeroed[at] if at is not None else kwargs[key]
+            tensor = tensor.index_fill(dim, gone.to(tensor.device), 0)
+            if at is not None:
+                zeroed[at] = tensor
+            else:
+                kwargs[key] = tensor  # type: ignore[index]
+        return tuple(zeroed), kwargs
+
+    def _over_kept(
+        self, func: Any, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the operator on kept indices of the reduced dims; other indices of its outputs keep their dense values."""
+        ref = self.reference
+        dims = {d for _, d in facts.reduced}
+        x = facts.reduced[0][0]
+
+        def compress(value: Any, slot: Any) -> Any:
+            if not (isinstance(value, torch.Tensor) and isinstance(slot, Slot)):
+                return value
+            for d in dims if slot is x else range(value.dim()):
+                mask = ref.keep(slot, d)
+                if mask is not None:
+                    value = value.index_select(d, torch.from_numpy(np.flatnonzero(mask)).to(value.device))
+            return value
+
+        new_args = [compress(v, s) for v, s in zip(args, op.args, strict=True)]
+        name = op.op._schema.name
+        if name in ("aten::native_layer_norm", "aten::_fused_rms_norm"):
+            n = len(args[1])
+            new_args[1] = list(new_args[0].shape[-n:])
+        elif name == "aten::native_group_norm":
+            new_args[4] = new_args[0].shape[1]
+            new_args[6] = _count(facts.notes["groups"], ref.masks)
+        kept = func(*new_args, **{k: compress(v, op.kwargs[k]) for k, v in kwargs.items()})
+        dense = func(*args, **kwargs)
+        if isinstance(dense, torch.Tensor):
+            return _merge(dense, kept, op.outs[0], ref)
+        return tuple(_merge(d, k, slot, ref) for d, k, slot in zip(dense, kept, op.outs, strict=True))
+
+
+def _count(axis: Axis, masks: Mapping[Atom, np.ndarray]) -> int:
+    """How many indices of ``axis`` stay."""
+    mask = keep_mask(axis, masks)
+    return axis.size if mask is None else int(mask.sum())
+
+
+def _merge(dense: torch.Tensor, kept: torch.Tensor, slot: Slot, ref: MaskedReference) -> torch.Tensor:
+    if dense.shape == kept.shape:
+        return kept
+    out = dense.clone()
+    index: list[Any] = []
+    for d in range(dense.dim()):
+        mask = ref.keep(slot, d) if dense.shape[d] != kept.shape[d] else None
+        where = np.arange(dense.shape[d]) if mask is None else np.flatnonzero(mask)
+        index.append(torch.from_numpy(where).to(dense.device))
+    out[torch.meshgrid(*index, indexing="ij")] = kept
+    return out

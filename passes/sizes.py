@@ -1,0 +1,326 @@
+"""Size arguments of torch functions: which argument of which call is the size of which dim.
+
+One entry per function; a call that is not here has no size arguments, or its sizes lie on dims that never shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from chase_fx.errors import RewriteError
+from chase_fx.graphs.axes import Axis
+from chase_fx.graphs.rules.base import Facts, Labels
+from chase_fx.passes.counts import Counts
+
+__all__ = ["CALLS", "CallSite"]
+
+
+@dataclass
+class CallSite:
+    """One node under rewrite, with the labels of tensors and what the rules noted about it."""
+
+    graph: Graph
+    node: Node
+    counts: Counts
+    labels: Callable[[Node], Labels | None]
+    facts: Sequence[Facts]
+
+    def label(self, value: Any) -> Labels:
+        """The labels of a tensor argument."""
+        found = self.labels(value) if isinstance(value, Node) else None
+        if found is None:
+            raise RewriteError(f"{self.where()}: no labels for argument {value}")
+        return found
+
+    @property
+    def out(self) -> Labels:
+        """The labels of the node's own value."""
+        return self.label(self.node)
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """A positional-or-keyword argument."""
+        if index < len(self.node.args):
+            return self.node.args[index]
+        return self.node.kwargs.get(name, default)
+
+    def set(self, index: int, name: str, value: Any) -> None:
+        """Replace an argument in the form it was given."""
+        if index < len(self.node.args):
+            self.node.update_arg(index, value)
+        else:
+            self.node.update_kwarg(name, value)
+
+    def shrink(self, value: Any, axis: Axis) -> Any:
+        """A dense size as a kept one."""
+        with self.graph.inserting_before(self.node):
+            return self.counts.shrink(self.graph, value, axis)
+
+    def note(self, name: str) -> Axis | None:
+        """An axis that a rule noted for this node."""
+        for fact in self.facts:
+            if name in fact.notes:
+                return fact.notes[name]
+        return None
+
+    def where(self) -> str:
+        """For messages: the node and its source line."""
+        return f"node '{self.node.name}' ({self.node.meta.get('source') or 'unknown line'})"
+
+
+Handler = Callable[[CallSite], None]
+
+
+def _sizes(first: int, name: str = "size") -> Handler:
+    """Sizes of the output's dims, as one tuple or one by one, from argument ``first`` on."""
+
+    def handler(site: CallSite) -> None:
+        given = site.arg(first, name)
+        if isinstance(given, torch.dtype):
+            return
+        labels = site.out
+        if isinstance(given, (tuple, list)):
+            site.set(first, name, _shrink_all(site, given, labels))
+        elif len(site.node.args) > first:
+            sizes = _shrink_all(site, site.node.args[first:], labels)
+            site.node.args = (*site.node.args[:first], *sizes)
+
+    return handler
+
+
+def _shrink_all(site: CallSite, sizes: Sequence[Any], labels: Labels) -> tuple[Any, ...]:
+    if len(sizes) != len(labels):
+        raise RewriteError(f"{site.where()}: {len(sizes)} sizes for {len(labels)} dims")
+    return tuple(site.shrink(s, axis) for s, axis in zip(sizes, labels, strict=True))
+
+
+def _repeats(site: CallSite) -> None:
+    """``repeat``, ``tile``: how often a dim is repeated is its size after over its size before."""
+    inner, outer = site.label(site.node.args[0]), site.out
+    given = site.arg(1, "repeats") if "repeats" in site.node.kwargs else site.arg(1, "dims")
+    spread = not isinstance(given, (tuple, list))
+    repeats = list(site.node.args[1:]) if spread else list(given)
+    lead = len(outer) - len(inner)
+    for i in range(len(repeats)):
+        d = len(outer) - len(repeats) + i
+        old = site.counts.kept(inner[d - lead]) if d >= lead else 1
+        if not isinstance(repeats[i], Node):
+            repeats[i] = site.counts.kept(outer[d]) // old
+    if spread:
+        site.node.args = (site.node.args[0], *repeats)
+    else:
+        site.set(1, "repeats" if "repeats" in site.node.kwargs else "dims", tuple(repeats))
+
+
+def _repeat_interleave(site: CallSite) -> None:
+    repeats, dim = site.arg(1, "repeats"), site.arg(2, "dim")
+    if isinstance(repeats, int) and dim is not None:
+        inner, outer = site.label(site.arg(0, "input")), site.out
+        d = dim % len(outer)
+        site.set(1, "repeats", site.counts.kept(outer[d]) // site.counts.kept(inner[d]))
+
+
+def _split(site: CallSite) -> None:
+    """``split``, ``chunk``, ``tensor_split``: consecutive slices become explicit kept sizes."""
+    x = site.arg(0, "tensor", site.node.kwargs.get("input"))
+    dim = site.arg(2, "dim", 0) % len(site.label(x))
+    axis = site.label(x)[dim]
+    if not site.counts.live(axis):
+        return
+    bounds = _bounds(site, axis.size)
+    sizes = [site.counts.between(axis, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    site.node.target = "split" if site.node.op == "call_method" else torch.split
+    site.node.args, site.node.kwargs = (x, sizes, dim), {}
+
+
+def _bounds(site: CallSite, size: int) -> list[int]:
+    name = _name(site.node)
+    sections = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
+    sections = site.node.kwargs.get("split_size", sections)
+    sections = site.node.kwargs.get("indices_or_sections", sections)
+    if len(site.node.args) > 1:
+        sections = site.node.args[1]
+    if isinstance(sections, Node) or (isinstance(sections, (list, tuple)) and any(isinstance(s, Node) for s in sections)):
+        pieces = [g for g in site.node.users if _name(g) == "getitem"]
+        return _bounds_of_pieces(site, pieces, size)
+    if name == "tensor_split":
+        if isinstance(sections, int):
+            q, r = divmod(size, sections)
+            lengths = [q + (i < r) for i in range(sections)]
+            return [sum(lengths[:i]) for i in range(sections + 1)]
+        return [0, *sections, size]
+    if isinstance(sections, (list, tuple)):
+        return [sum(sections[:i]) for i in range(len(sections) + 1)]
+    step = -(-size // sections) if "chunk" in name else sections
+    return [*range(0, size, step), size]
+
+
+def _bounds_of_pieces(site: CallSite, pieces: Sequence[Node], size: int) -> list[int]:
+    # Computed section sizes: what each piece measured when the graph was captured tells them.
+    lengths: dict[int, int] = {}
+    for piece in pieces:
+        dim = site.arg(2, "dim", 0) % len(site.label(piece))
+        lengths[piece.args[1]] = site.label(piece)[dim].size  # type: ignore[index]
+    bounds = [0]
+    for i in range(len(lengths)):
+        if i not in lengths:
+            break
+        bounds.append(bounds[-1] + lengths[i])
+    if bounds[-1] != size:
+        raise RewriteError(f"{site.where()}: a live dim of {size} is split at computed places")
+    return bounds
+
+
+def _getitem(site: CallSite) -> None:
+    """``x[...]`` and ``x[...] = y`` with constant places on live dims."""
+    x, index = site.node.args[0], site.node.args[1]
+    if not isinstance(x, Node) or site.labels(x) is None:
+        return
+    labels = site.label(x)
+    single = not isinstance(index, tuple)
+    items = [index] if single else list(index)
+    taken = sum(_consumes(site, i) for i in items)
+    d, out = 0, []
+    for item in items:
+        if item is Ellipsis:
+            out.append(item)
+            d += len(labels) - taken
+            continue
+        out.append(_place(site, item, labels[d]) if _consumes(site, item) else item)
+        d += _consumes(site, item)
+    site.node.update_arg(1, out[0] if single else tuple(out))
+
+
+def _consumes(site: CallSite, item: Any) -> int:
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    if isinstance(item, Node):
+        slot = item.meta.get("slot")
+        return len(slot.shape) if slot is not None and slot.dtype is torch.bool else 1
+    return 1
+
+
+def _place(site: CallSite, item: Any, axis: Axis) -> Any:
+    if not site.counts.live(axis) or isinstance(item, (Node, list)):
+        return item
+    if isinstance(item, int):
+        return site.counts.before(axis, item % axis.size)
+    if isinstance(item, slice):
+        return _slice(site, item, axis)
+    raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
+
+
+def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
+    if item.step not in (None, 1):
+        return slice(item.start, None, item.step)  # rows of ``step`` stay whole, so the same place is taken of each
+    if isinstance(item.start, Node) or isinstance(item.stop, Node):
+        return _computed_slice(site, item, axis)
+    start, stop, _ = item.indices(axis.size)
+    new_start = None if item.start is None else site.counts.before(axis, start)
+    new_stop = None if item.stop is None else site.counts.before(axis, max(start, stop))
+    return slice(new_start, new_stop, item.step)
+
+
+def _computed_slice(site: CallSite, item: slice, axis: Axis) -> slice:
+    labels = site.labels(site.node)
+    place = [d for d, a in enumerate(labels or ()) if site.counts.live(a) or a.size != axis.size]
+    if len(place) != 1 or labels is None:
+        raise RewriteError(f"{site.where()}: a live dim of {axis.size} is sliced at computed places")
+    length = labels[place[0]].size
+    if item.start in (None, 0):
+        return slice(item.start, site.counts.before(axis, length), None)
+    if item.stop is None:
+        return slice(site.counts.before(axis, axis.size - length), None, None)
+    raise RewriteError(f"{site.where()}: a live dim of {axis.size} is sliced at computed places")
+
+
+def _narrow(site: CallSite) -> None:
+    x, dim, start, length = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "start"), site.arg(3, "length")
+    labels = site.label(x)
+    axis = labels[dim % len(labels)]
+    if site.counts.live(axis):
+        start %= axis.size
+        site.set(2, "start", site.counts.before(axis, start))
+        site.set(3, "length", site.counts.between(axis, start, start + length))
+
+
+def _select(site: CallSite) -> None:
+    x, dim, index = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "index")
+    labels = site.label(x)
+    axis = labels[dim % len(labels)]
+    if site.counts.live(axis):
+        site.set(2, "index", site.counts.before(axis, index % axis.size))
+
+
+def _unflatten(site: CallSite) -> None:
+    x, dim, sizes = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "sizes")
+    first = dim % len(site.label(x))
+    labels = site.out[first : first + len(sizes)]
+    site.set(2, "sizes", _shrink_all(site, sizes, labels))
+
+
+def _pad(site: CallSite) -> None:
+    amounts, outer = site.arg(1, "pad"), site.out
+    if site.arg(2, "mode", "constant") != "constant" or not isinstance(amounts, (tuple, list)):
+        return
+    new = list(amounts)
+    for k in range(len(amounts) // 2):
+        axis = outer[len(outer) - 1 - k]
+        if site.counts.live(axis):
+            before, after = amounts[2 * k], amounts[2 * k + 1]
+            new[2 * k] = site.counts.between(axis, 0, before)
+            new[2 * k + 1] = site.counts.between(axis, axis.size - after, axis.size)
+    site.set(1, "pad", tuple(new))
+
+
+def _normalized_shape(site: CallSite) -> None:
+    shape = site.arg(1, "normalized_shape")
+    labels = site.label(site.arg(0, "input"))
+    if isinstance(shape, (tuple, list)):
+        site.set(1, "normalized_shape", _shrink_all(site, shape, labels[len(labels) - len(shape) :]))
+
+
+def _groups(index: int, name: str) -> Handler:
+    def handler(site: CallSite) -> None:
+        group = site.note("groups")
+        if group is not None and site.counts.live(group):
+            site.set(index, name, site.counts.kept(group))
+
+    return handler
+
+
+def _attention(site: CallSite) -> None:
+    """The default scale is the dense ``head_dim ** -0.5``; a slimmer head would change it."""
+    head_dim = site.label(site.arg(0, "query"))[-1]
+    if site.counts.live(head_dim) and site.arg(6, "scale") is None:
+        site.set(6, "scale", head_dim.size**-0.5)
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+# function or method name -> what to do about its size arguments
+CALLS: dict[str, Handler] = {
+    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "view_copy", "expand_copy", "_unsafe_view"), _sizes(1)),
+    "reshape": _sizes(1, "shape"),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "full"), _sizes(0)),
+    **dict.fromkeys(("repeat", "tile"), _repeats),
+    "repeat_interleave": _repeat_interleave,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), _split),
+    **dict.fromkeys(("getitem", "setitem"), _getitem),
+    "narrow": _narrow,
+    "select": _select,
+    "unflatten": _unflatten,
+    **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
+    "group_norm": _groups(1, "num_groups"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
+    "scaled_dot_product_attention": _attention,
+}

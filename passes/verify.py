@@ -1,0 +1,206 @@
+"""``verify``: is the slim graph the dense graph without the removed units?
+
+Both run on the example inputs in eval mode, the dense one under masks (see :mod:`chase_fx.passes.reference`). In single
+precision a difference can be rounding, so a doubt is settled in double precision. On failure the first node that
+differs is named.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Interpreter, Node
+
+from chase_fx.errors import ArgumentError, VerificationError
+from chase_fx.graphs.axes import Atom
+from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.recorder import _map_tensors, _tensors
+from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.passes.reference import MaskedReference, gather_kept
+from chase_fx.passes.rewrite import channels_for
+
+__all__ = ["VerificationReport", "verify"]
+
+# Largest accepted relative difference: what rounding alone explains. Single precision only passes quickly with it, a larger
+# difference is measured again in double precision.
+_EXACT = 1e-9
+_QUICK = 1e-5
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What was compared.
+
+    Attributes:
+        difference: largest difference of an output, relative to the largest absolute value of that output.
+        tolerance: what was allowed.
+        dtype: the precision that decided.
+        outputs: how many output tensors were compared.
+        nodes: how many nodes of the dense graph ran under masks.
+    """
+
+    difference: float
+    tolerance: float
+    dtype: torch.dtype
+    outputs: int
+    nodes: int
+
+    def __str__(self) -> str:
+        return (
+            f"exact: {self.outputs} outputs differ by at most {self.difference:.1e} (relative, {self.dtype}), "
+            f"{self.nodes} nodes compared"
+        )
+
+
+def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
+    """Compare a slim module with the masked dense module that it was made from.
+
+    Raises:
+        VerificationError: they differ; ``node`` names the first node that does.
+        ArgumentError: ``slim`` was not made by a rewrite.
+    """
+    info = capture_of(traced)
+    plan = getattr(slim, "plan", None)
+    if plan is None or not isinstance(slim, TracedModule):
+        raise ArgumentError("the second argument of verify must come from chase_fx.rewrite or chase_fx.prune")
+    channels = channels_for(traced, plan)
+    masks = channels.masks_of(plan)
+    inputs = (info.args, info.kwargs)
+    if any(t.is_meta for t in _tensors(inputs)) or any(p.is_meta for p in traced.parameters()):
+        raise ArgumentError("meta tensors hold no values to compare; verify a model with real parameters")
+    floats = [p.dtype for p in traced.parameters() if p.is_floating_point()]
+    dtype = floats[0] if floats else torch.get_default_dtype()
+    tolerance = _EXACT if dtype is torch.float64 else _QUICK
+    report, node = _compare(traced, slim, channels, masks, inputs, dtype, tolerance)
+    if node is not None and dtype is not torch.float64:
+        doubles = [copy.deepcopy(m).double() for m in (traced, slim)]
+        inputs = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
+        report, node = _compare(doubles[0], doubles[1], channels, masks, inputs, torch.float64, _EXACT)
+    if node is not None:
+        source = node.meta.get("source") or "unknown line"
+        raise VerificationError(
+            f"the slim graph differs from the masked dense graph by {report.difference:.1e} (relative, {report.dtype}; "
+            f"allowed {report.tolerance:.0e}); the first node that differs is '{node.name}' ({node.target}, {source}). "
+            "This is a defect of Chase-FX or of a user-defined rule, not of your model: please report it with str(channels)",
+            node=node.name,
+        )
+    return report
+
+
+def _compare(
+    traced: TracedModule,
+    slim: TracedModule,
+    channels: ChannelGraph,
+    masks: Mapping[Atom, np.ndarray],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> tuple[VerificationReport, Node | None]:
+    modes = [{m: m.training for m in root.modules()} for root in (traced, slim)]
+    buffers = {b: b.clone() for root in (traced, slim) for b in root.buffers()}
+    for root in (traced, slim):
+        root.eval()
+    try:
+        with torch.no_grad():
+            reference = MaskedReference(traced, channels, 0, masks)
+            expected = reference.run(*_placed(reference, inputs))
+            recorded = _Recording(slim, graph=slim.graph)
+            found = recorded.run(*_placed(recorded, inputs))
+    finally:
+        for mode in modes:
+            for module, training in mode.items():
+                module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+    capture = capture_of(traced).captures[0]
+    worst = 0.0
+    pairs = list(zip(_tensors(expected), _tensors(found), strict=True))
+    for (want, have), leaf in zip(pairs, capture.outputs, strict=True):
+        worst = max(worst, _relative(gather_kept(want, reference.labels[leaf.slot.index], masks), have))
+    report = VerificationReport(worst, tolerance, dtype, len(pairs), len(reference.values))
+    if worst <= tolerance:
+        return report, None
+    return report, _first_difference(slim, reference, recorded, tolerance)
+
+
+class _Recording(Interpreter):
+    """Keeps a copy of every node's value (a later node may write to it in place)."""
+
+    def __init__(self, module: TracedModule, graph: torch.fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.values: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if isinstance(out, torch.Tensor):
+            self.values[n.name] = out.detach().clone()
+        return out
+
+
+def _first_difference(
+    slim: TracedModule, reference: MaskedReference, recorded: _Recording, tolerance: float
+) -> Node:
+    last = None
+    for node in slim.graph.nodes:
+        last = node
+        want, have = reference.values.get(node.name), recorded.values.get(node.name)
+        if want is None or have is None or not want.is_floating_point():
+            continue
+        if want.shape != have.shape or _relative(want, have) > tolerance:
+            return node
+    assert last is not None
+    return last
+
+
+def _relative(want: torch.Tensor, have: torch.Tensor) -> float:
+    if want.shape != have.shape:
+        return float("inf")
+    if want.numel() == 0:
+        return 0.0
+    if not want.is_floating_point() and not want.is_complex():
+        return 0.0 if torch.equal(want, have) else float("inf")
+    same = (want == have) | (want.isnan() & have.isnan())
+    difference = torch.where(same, torch.zeros_like(want), want - have).abs().max().item()
+    finite = want[want.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 1.0
+    if difference != difference:  # NaN in one of the two only
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
+    """Values of the placeholders in order. Clones, for a forward may write to its inputs."""
+    args, kwargs = _map_all(inputs, torch.clone)
+    names = [str(n.target) for n in interpreter.graph.nodes if n.op == "placeholder"]
+    rest = list(args)
+    used: set[str] = set()
+    for node in interpreter.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        if name.startswith("**"):
+            yield {k: v for k, v in kwargs.items() if k not in used and k not in names}
+        elif name.startswith("*"):
+            yield tuple(rest)
+            rest = []
+        elif name in kwargs:
+            used.add(name)
+            yield kwargs[name]
+        elif rest:
+            yield rest.pop(0)
+        else:
+            yield node.args[0]
+
+
+def _map_all(value: Any, fn: Any) -> Any:
+    if isinstance(value, dict) and type(value) is dict:
+        return {k: _map_all(v, fn) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_all(v, fn) for v in value)
+    return _map_tensors(value, fn)
