@@ -139,7 +139,7 @@ def _resolve_cat(axis: Cat) -> Axis:
     changed = False
     for part in axis.parts:
         new = resolve(part)
-        changed = changed or new is not part
+        changed = changed or new is not part or isinstance(new, Cat)
         for p in new.parts if isinstance(new, Cat) else (new,):
             if p.size == 0:
                 changed = True
@@ -160,7 +160,7 @@ def _resolve_prod(axis: Prod) -> Axis:
     changed = False
     for factor in axis.factors:
         new = resolve(factor)
-        changed = changed or new is not factor
+        changed = changed or new is not factor or isinstance(new, Prod)
         for f in new.factors if isinstance(new, Prod) else (new,):
             if f.size == 1:
                 changed = True

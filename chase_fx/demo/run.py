@@ -136,7 +136,7 @@ def _train_slim(
 
     def after_step() -> str:
         trainer.step()
-        return f"nnz {trainer.nnz:,}  channels {sum(trainer.channels_left.values())}"
+        return f"nnz {trainer.nnz:,} channels {sum(trainer.channels_left.values())}"
 
     seconds = fit(traced, optimizer, data.train, recipe, label="Chase", console=console, after_step=after_step)
     return traced, trainer.finalize(), seconds

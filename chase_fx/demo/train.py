@@ -5,6 +5,7 @@ Shape legend: B images of a batch.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def fit(
     )
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=max(6, min(30, console.width - 76))),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),
@@ -90,13 +91,13 @@ def fit(
             loss_mean.add(loss)
             right_mean.add(right)
             if step % _REFRESH_STEPS == 0 or step == recipe.steps:
-                status = f"loss {loss_mean.value:.3f}  accuracy {right_mean.value:.1%}  {extra}"
+                status = f"loss {loss_mean.value:.3f} accuracy {right_mean.value:.1%} {extra}"
                 progress.update(task, completed=step, status=status)
     return time.perf_counter() - start
 
 
 def step_seconds(model: nn.Module, data: Split, steps: int = 8) -> float:
-    """Seconds that one training step takes, the fastest of a few, on a model that is thrown away."""
+    """Seconds that one training step takes, the median of a few, on a model that is thrown away."""
     optimizer = make_optimizer(model)
     times = []
     model.train()
@@ -104,7 +105,7 @@ def step_seconds(model: nn.Module, data: Split, steps: int = 8) -> float:
         start = time.perf_counter()
         _train_step(model, optimizer, images, labels)
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 @torch.inference_mode()
