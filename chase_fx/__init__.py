@@ -15,11 +15,13 @@ from chase_fx.graphs.rules import DEFAULT_RULES
 from chase_fx.io import load, save
 from chase_fx.passes.rewrite import rewrite
 from chase_fx.passes.verify import VerificationReport, verify
+from chase_fx.training import Chase
 from chase_fx.version import __version__
 
 __all__ = [
     "DEFAULT_RULES",
     "ChannelGraph",
+    "Chase",
     "ChaseError",
     "Group",
     "PruningPlan",

@@ -12,6 +12,7 @@ __all__ = [
     "ChaseError",
     "CheckpointError",
     "DeviceMismatchError",
+    "GraphvizMissingError",
     "NothingToPruneError",
     "OptimizerMismatchError",
     "PlanMismatchError",
@@ -35,6 +36,10 @@ class CaptureError(ChaseError):
 
 class DeviceMismatchError(CaptureError):
     """The model and its example inputs are on different devices."""
+
+
+class GraphvizMissingError(ChaseError):
+    """Graphviz' ``dot`` program is not installed, so no SVG can be drawn."""
 
 
 class UnsupportedOpError(ChaseError):

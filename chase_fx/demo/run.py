@@ -17,6 +17,7 @@ from chase_fx.demo.measure import compiled, count_flops, count_parameters, media
 from chase_fx.demo.report import Column, Report
 from chase_fx.demo.train import BATCH, Recipe, accuracy, fit, make_optimizer, step_seconds
 from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.traced import TracedModule
 from chase_fx.inspection import frozen_table, group_table
 from chase_fx.models import resnet20
 
@@ -121,8 +122,8 @@ def _fit_to_budget(data: Dataset, model: nn.Module, options: DemoOptions, consol
 
 
 def _train_slim(
-    traced: torch.fx.GraphModule, data: Dataset, recipe: Recipe, seed: int, console: Console
-) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, float]:
+    traced: TracedModule, data: Dataset, recipe: Recipe, seed: int, console: Console
+) -> tuple[TracedModule, TracedModule, float]:
     """Train the captured model with Chase; returns the masked model, the slim one, and the seconds spent training."""
     optimizer = make_optimizer(traced)
     trainer = chase_fx.Chase(
@@ -139,7 +140,9 @@ def _train_slim(
         return f"nnz {trainer.nnz:,} channels {sum(trainer.channels_left.values())}"
 
     seconds = fit(traced, optimizer, data.train, recipe, label="Chase", console=console, after_step=after_step)
-    return traced, trainer.finalize(), seconds
+    slim = trainer.finalize()
+    assert isinstance(slim, TracedModule)
+    return traced, slim, seconds
 
 
 def _measure(

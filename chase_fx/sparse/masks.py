@@ -153,7 +153,7 @@ class SparseWeights:
     def apply(self) -> None:
         """Zero weights and optimizer slots outside the masks, and whatever belongs to removed channels.
 
-        This runs after every step and is all that a masked step costs. Filling is twice as fast as multiplying by a bool
+        It is all that a masked step costs, for it runs after every step. Filling is twice as fast as multiplying by a bool
         mask (which is cast first), and clears infinities as well; the inverse mask is one byte a weight, for a moment.
         """
         for parameter, mask in self._pairs():
