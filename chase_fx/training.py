@@ -44,8 +44,8 @@ class GraphShrinker:
     """Makes a traced module fit parameters that were just cut, in place.
 
     Every cut starts again from the module as it was when training began: a skeleton with its graph and shapes, on the
-    meta device, is rewritten to the units kept so far, and the result's graph, sizes and buffers are put into the module
-    that trains. So no rewrite is ever made of a rewrite, and ``module.plan`` is always a plan for the original.
+    meta device, is rewritten to the units kept so far, and the result's graph, sizes and buffers are put into the
+    module that trains. So no rewrite is ever made of a rewrite, and ``module.plan`` is always a plan for the original.
     """
 
     def __init__(self, module: TracedModule, channels: ChannelGraph) -> None:

@@ -74,6 +74,7 @@ class ChannelGraph:
         self.outputs = outputs
         self._module = module
         self._info = info
+        self._units: dict[int, tuple[Axis, dict[Atom, np.ndarray]]] = {}
         self._touched: dict[Atom, list[AxisName]] = {}
         for name, labels in labelling.state.items():
             if name in info.aliases:
@@ -97,11 +98,18 @@ class ChannelGraph:
     def _members(self, atom: Atom) -> tuple[Member, ...]:
         members = []
         for name, d in self._touched[atom]:
-            units = _units(self.labelling.state[name][d], atom)
+            units = self._units_along(name, d)[atom]
             k = len(units) // atom.size
             positions = torch.from_numpy(units[:, 1].reshape(atom.size, k).copy())
             members.append(Member(name, d, positions, (name, d) in self.labelling.producers))
         return tuple(members)
+
+    def _units_along(self, name: str, dim: int) -> dict[Atom, np.ndarray]:
+        axis = resolve(self.labelling.state[name][dim])
+        found = self._units.get(id(axis))
+        if found is None:  # tensors of one layer share their axes; the axis is held so that its id stays its own
+            found = self._units[id(axis)] = (axis, _units(axis))
+        return found[1]
 
     @property
     def unknown(self) -> tuple[Unknown, ...]:
@@ -253,7 +261,7 @@ class ChannelGraph:
                 continue
             present = np.zeros(self.labelling.state[name][dim].size, dtype=np.bool_)
             present[indices.numpy()] = True
-            units = _units(self.labelling.state[name][dim], atom)
+            units = self._units_along(name, dim)[atom]
             mask = np.zeros(atom.size, dtype=np.bool_)
             mask[units[present[units[:, 1]], 0]] = True
             if not mask.all():
@@ -261,28 +269,43 @@ class ChannelGraph:
         return masks
 
 
-def _units(axis: Axis, atom: Atom) -> np.ndarray:
-    """(m, 2) pairs of (unit, position along ``axis``), sorted by unit."""
-    ids = _ids(axis, atom)
-    position = np.flatnonzero(ids >= 0)
-    units = ids[position]
-    order = np.argsort(units, kind="stable")
-    return np.stack([units[order], position[order]], axis=1)
+Placed = list[tuple[Atom, np.ndarray, np.ndarray]]
 
 
-def _ids(axis: Axis, atom: Atom) -> np.ndarray:
-    """Unit of ``atom`` that each index of ``axis`` belongs to, -1 where none."""
-    axis = resolve(axis)
-    if axis is atom:
-        return np.arange(axis.size)
+def _place(axis: Axis) -> Placed:
+    """Where the units of each atom lie along an axis in normal form: (atom, units, positions), one entry per occurrence."""
+    if isinstance(axis, Atom):
+        every = np.arange(axis.size)
+        return [(axis, every, every)]
+    out: Placed = []
     if isinstance(axis, Cat):
-        return np.concatenate([_ids(p, atom) for p in axis.parts])
-    if isinstance(axis, Prod):
-        out = np.full(1, -1)
+        offset = 0
+        for part in axis.parts:
+            out += [(atom, units, positions + offset) for atom, units, positions in _place(part)]
+            offset += part.size
+    elif isinstance(axis, Prod):
+        outer, inner = 1, axis.size
         for factor in axis.factors:
-            out = np.maximum.outer(out, _ids(factor, atom)).reshape(-1)  # an atom is in one factor at most
-        return out
-    return np.full(axis.size, -1)
+            inner //= factor.size
+            rows, columns = np.arange(outer)[:, None, None], np.arange(inner)
+            for atom, units, positions in _place(factor):
+                flat = (rows * factor.size + positions[:, None]) * inner + columns
+                out.append((atom, np.broadcast_to(units[:, None], flat.shape).reshape(-1), flat.reshape(-1)))
+            outer *= factor.size
+    return out
+
+
+def _units(axis: Axis) -> dict[Atom, np.ndarray]:
+    """For each atom, (m, 2) pairs of (unit, position along ``axis``), sorted by unit and position."""
+    found: dict[Atom, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for atom, units, positions in _place(axis):
+        found.setdefault(atom, []).append((units, positions))
+    out = {}
+    for atom, pairs in found.items():
+        units, positions = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        order = np.lexsort((positions, units))
+        out[atom] = np.stack([units[order], positions[order]], axis=1)
+    return out
 
 
 def _show(axis: AxisName) -> str:

@@ -14,7 +14,7 @@ from chase_fx.graphs.axes import Atom, Cat, Prod, atoms_of, resolve
 if TYPE_CHECKING:
     from chase_fx.graphs.channels import ChannelGraph, Group
 
-__all__ = ["choose", "magnitude"]
+__all__ = ["Magnitude", "Score", "choose", "widths"]
 
 Score = str | Callable[["Group"], torch.Tensor]
 
@@ -37,7 +37,9 @@ def choose(
     if channel_sparsity == 0:
         return {}
     counts = widths(channels, 1 - channel_sparsity, round_to)
-    scores = {group.name: _score(channels, group, score) for group in channels.groups}
+    if score == "magnitude":
+        score = Magnitude(channels)
+    scores = {group.name: _score(group, score) for group in channels.groups}
     if scope == "global":
         counts = _global_counts(channels, counts, scores)
     kept = {}
@@ -108,7 +110,7 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
     return {atom: list(contexts) for atom, contexts in found.items()}
 
 
-def _score(channels: ChannelGraph, group: Group, score: Score) -> torch.Tensor:
+def _score(group: Group, score: Score) -> torch.Tensor:
     if callable(score):
         values = torch.as_tensor(score(group)).detach().to("cpu", torch.float64)
         if values.shape != (group.size,):
@@ -116,28 +118,42 @@ def _score(channels: ChannelGraph, group: Group, score: Score) -> torch.Tensor:
         if torch.isnan(values).any():
             raise ArgumentError(f"the score of {group.name!r} holds NaN")
         return values
-    if score == "magnitude":
-        return magnitude(channels, group)
     if score == "random":
         generator = torch.Generator().manual_seed(0)
         return torch.rand(group.size, generator=generator, dtype=torch.float64)
     raise ArgumentError(f"unknown score {score!r}; choose 'magnitude', 'random' or a function of a group")
 
 
-def magnitude(channels: ChannelGraph, group: Group) -> torch.Tensor:
+class Magnitude:
     """Root mean square over every weight of a unit, each member in units of its own mean, so that none dominates."""
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for member in group.members:
-        tensor = _tensor(channels, member.tensor)
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        energy = tensor.detach().square().movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
-        per_index = energy.mean(1, dtype=torch.float64).cpu()
-        per_unit = per_index[member.positions].mean(1)
-        mean = per_unit.mean()
-        if mean > 0:
-            total += per_unit / mean
-    return total.sqrt()
+
+    def __init__(self, channels: ChannelGraph) -> None:
+        self._channels = channels
+        self._energies: dict[tuple[str, int], torch.Tensor | None] = {}
+
+    def __call__(self, group: Group) -> torch.Tensor:
+        """(size,) scores of one group."""
+        total = torch.zeros(group.size, dtype=torch.float64)
+        for member in group.members:
+            energy = self._energy(member.tensor, member.dim)
+            if energy is None:
+                continue
+            per_unit = energy[member.positions].mean(1)
+            mean = per_unit.mean()
+            if mean > 0:
+                total += per_unit / mean
+        return total.sqrt()
+
+    def _energy(self, name: str, dim: int) -> torch.Tensor | None:
+        """Sum of squares per index along ``dim``; computed once, for several groups may share the axis."""
+        key = (name, dim)
+        if key not in self._energies:
+            tensor = _tensor(self._channels, name).detach()
+            usable = tensor.is_floating_point() and not tensor.is_meta
+            others = [d for d in range(tensor.dim()) if d != dim]
+            norm = torch.linalg.vector_norm(tensor, dim=others) if usable and others else tensor
+            self._energies[key] = norm.to("cpu", torch.float64).square() if usable else None
+        return self._energies[key]
 
 
 def _tensor(channels: ChannelGraph, name: str) -> torch.Tensor:

@@ -153,8 +153,8 @@ class SparseWeights:
     def apply(self) -> None:
         """Zero weights and optimizer slots outside the masks, and whatever belongs to removed channels.
 
-        It is all that a masked step costs, for it runs after every step. Filling is twice as fast as multiplying by a bool
-        mask (which is cast first), and clears infinities as well; the inverse mask is one byte a weight, for a moment.
+        This runs after every step and is all that a masked step costs. Filling is twice as fast as multiplying by a
+        bool mask (which is cast first), and clears infinities as well; the inverse mask lives for a moment only.
         """
         for parameter, mask in self._pairs():
             outside = ~mask

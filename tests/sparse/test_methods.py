@@ -249,9 +249,9 @@ def test_nnz_is_always_the_budget(sparsity: float, total_steps: int, name: str, 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (GMP, {"start": 0.9, "stop": 0.5}), (SET, {"alpha": 2.0}), (RigL, {"stop": 1.5}), (MEST, {"rates": ((0.5, 3.0),)}),
-        (GraNet, {"initial_density": 2.0}), (SRigL, {"gamma": -1.0}), (ACDC, {"phases": 0}), (RigLITOP, {"alpha_end": 7}),
-        (Static, {"sparsity": 1.2}), (SNIP, {"total_steps": 0}),
+        (GMP, {"start": 0.9, "stop": 0.5}), (SET, {"alpha": 2.0}), (RigL, {"stop": 1.5}),
+        (MEST, {"rates": ((0.5, 3.0),)}), (GraNet, {"initial_density": 2.0}), (SRigL, {"gamma": -1.0}),
+        (ACDC, {"phases": 0}), (RigLITOP, {"alpha_end": 7}), (Static, {"sparsity": 1.2}), (SNIP, {"total_steps": 0}),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(method, options, run) -> None:
