@@ -6,7 +6,7 @@ Train and eval captures share the axes of the parameters, so one solution serves
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from chase_fx.errors import UnsupportedOpError
@@ -68,7 +68,7 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
                 cause = Cause("output", "output", "", f"output '{leaf.path}' keeps its shape")
                 for axis in labels[leaf.slot.index]:
                     axes.freeze(axis, cause)
-    _settle(labelling, used)
+    _settle(labelling, used, info.aliases)
     return labelling
 
 
@@ -171,11 +171,11 @@ def _refuse(labelling: Labelling, view: LabelledOp, reason: str, raise_on_unknow
     return view.all_fixed(reason)
 
 
-def _settle(labelling: Labelling, used: set[str]) -> None:
+def _settle(labelling: Labelling, used: set[str], aliases: Mapping[str, str]) -> None:
     """Freeze what nothing reads: unused tensors, unread slices, and products of an axis with itself."""
     axes = labelling.axes
     for name, labels in labelling.state.items():
-        if name not in used:
+        if aliases.get(name, name) not in used:
             for axis in labels:
                 axes.freeze(axis, Cause("", "unused", "", "not used by the forward"))
     contracted = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
+from chase_fx.graphs.traced import TracedModule
 from tests.oracle import EXACT, assert_exact, tensors
 from tests.zoo.torchvision import ENTRIES, Entry
 
@@ -25,13 +25,13 @@ class Case:
     entry: Entry
     model: nn.Module
     before: dict[str, Tensor]
-    modes: list[bool]
-    traced: chase_fx.graphs.traced.TracedModule
-    slim: chase_fx.graphs.traced.TracedModule
+    modes: tuple[list[bool], list[bool]]  # before and after pruning
+    traced: TracedModule
+    slim: TracedModule
 
 
 @pytest.fixture(scope="module", params=list(ENTRIES))
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest) -> Case:
     entry = ENTRIES[request.param]
     model = entry.build()
     next(model.children()).train()  # a mixture of modes, which has to survive
@@ -39,7 +39,8 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     modes = [module.training for module in model.modules()]
     slim = chase_fx.prune(model, entry.inputs(), channel_sparsity=0.5)
     traced = chase_fx.trace(model, entry.inputs())
-    yield Case(entry, model.eval(), before, modes, traced.eval(), slim.eval())
+    after = [module.training for module in model.modules()]
+    return Case(entry, model.eval(), before, (modes, after), traced.eval(), slim.eval())
 
 
 def count(module: nn.Module) -> int:
@@ -87,12 +88,10 @@ def test_nine_tenths_is_exact(case: Case) -> None:
 
 def test_model_is_unchanged(case: Case) -> None:
     """Pruning changes no bit of the model's state and no training flag, and shares no memory with it."""
-    model = case.entry.build()
-    next(model.children()).train()
     state = case.model.state_dict()
     assert list(state) == list(case.before)
     assert all(torch.equal(state[name], case.before[name]) for name in state)
-    assert [module.training for module in model.modules()] == case.modes
+    assert case.modes[0] == case.modes[1]
     own = {t.data_ptr() for t in state.values()}
     assert not own & {t.data_ptr() for t in (*case.slim.state_dict().values(), *case.traced.state_dict().values())}
 
