@@ -11,12 +11,13 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError, DeviceMismatchError, NothingToPruneError
@@ -73,11 +74,12 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     bound = _bind(model, arguments, keywords)
     device = _check_devices(model, (arguments, keywords))
     root = copy.deepcopy(model)
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if device is not None and device.type == "meta" else None
     modes = {id(m): m.training for m in root.modules()}
-    graph, capture, recorder = _record(root, bound, device, training=False)
+    graph, capture, recorder = _record(root, bound, device, fake, training=False)
     train: tuple[Graph, Capture, Recorder] | None = None
     if recorder.reads_training:
-        train = _record(root, bound, device, training=True)
+        train = _record(root, bound, device, fake, training=True)
     for module in root.modules():
         module.training = modes[id(module)]
     constants = dict(recorder.constants)
@@ -168,17 +170,39 @@ def _quiet_torch() -> Iterator[None]:
         F._verify_batch_size = verify
 
 
+def _faked(fake: FakeTensorMode, value: Any, memo: dict[int, Any]) -> Any:
+    """A meta tensor holds no device, so code that makes tensors of its own would mix devices: a fake one claims the CPU."""
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
+        return value
+    with fake:
+        tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    out = nn.Parameter(tensor, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else tensor
+    memo[id(value)] = out
+    return out
+
+
 def _record(
-    root: nn.Module, bound: inspect.BoundArguments, device: torch.device | None, *, training: bool
+    root: nn.Module,
+    bound: inspect.BoundArguments,
+    device: torch.device | None,
+    fake: FakeTensorMode | None,
+    *,
+    training: bool,
 ) -> tuple[Graph, Capture, Recorder]:
+    if fake is not None:
+        memo: dict[int, Any] = {}
+        for tensor in (*root.parameters(), *root.buffers()):
+            _faked(fake, tensor, memo)
+        root = copy.deepcopy(root, memo)
+        device = torch.device("cpu")
     root.train(training)
     buffers = {name: b.clone() for name, b in root.named_buffers()}
     recorder = Recorder(root, device)
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        with torch.no_grad(), _quiet_torch():
-            args, kwargs = _add_inputs(recorder, root, bound)
+        with torch.no_grad(), _quiet_torch(), fake or nullcontext():
+            args, kwargs = _add_inputs(recorder, fake, bound)
             with recorder.running():
                 out = root.forward(*args, **kwargs)
             recorder._active = True  # live sizes in the result still write nodes
@@ -210,7 +234,7 @@ def _record(
 
 
 def _add_inputs(
-    recorder: Recorder, root: nn.Module, bound: inspect.BoundArguments
+    recorder: Recorder, fake: FakeTensorMode | None, bound: inspect.BoundArguments
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Placeholders for the whole signature. Inputs are aliased, so that no two arguments are the same object."""
     parameters = bound.signature.parameters
@@ -221,15 +245,15 @@ def _add_inputs(
         given = name in bound.arguments
         value = bound.arguments.get(name, parameter.default)
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            value = _fresh(value if given else ())
+            value = _fresh(value if given else (), fake)
             nodes.append((value, recorder.add_input(f"*{name}", value, Recorder.NO_DEFAULT), name))
             args.extend(value)
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            value = _fresh(value if given else {})
+            value = _fresh(value if given else {}, fake)
             nodes.append((value, recorder.add_input(f"**{name}", value, Recorder.NO_DEFAULT), name))
             kwargs.update(value)
         else:
-            value = _fresh(value)
+            value = _fresh(value, fake)
             default = Recorder.NO_DEFAULT if parameter.default is inspect.Parameter.empty else parameter.default
             nodes.append((value, recorder.add_input(name, value, default), name))
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -243,15 +267,17 @@ def _add_inputs(
     return tuple(args), kwargs
 
 
-def _fresh(value: Any) -> Any:
+def _fresh(value: Any, fake: FakeTensorMode | None) -> Any:
     if isinstance(value, torch.Tensor):
+        if fake is not None:
+            value = _faked(fake, value, {})
         return value.detach().view_as(value) if value.layout is torch.strided else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_fresh, value))
+        return type(value)(*(_fresh(v, fake) for v in value))
     if type(value) in (tuple, list):
-        return type(value)(map(_fresh, value))
+        return type(value)(_fresh(v, fake) for v in value)
     if type(value) is dict:
-        return {k: _fresh(v) for k, v in value.items()}
+        return {k: _fresh(v, fake) for k, v in value.items()}
     return value
 
 
