@@ -63,8 +63,8 @@ def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -86,7 +86,7 @@ def load(
         PlanMismatchError: ``model`` is not the architecture that was pruned.
     """
     try:
-        with safe_open(str(path), framework="pt") as f:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as f:
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, ValueError) as e:

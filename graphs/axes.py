@@ -11,9 +11,9 @@ An axis of size ``n`` is one of
 Operators only ever *equate* axes (:meth:`Axes.unify`); that is first-order unification. An atom that is equated with
 something is bound to it, and an atom that has to be cut (by a slice) or factored (by a view) is bound to the pieces, so
 everybody who holds the atom sees the refinement. A kept set that is a product in two ways is a product of the common
-refinement of both, so refining loses nothing. Where no refinement exists the axis is frozen, which always satisfies every
-equation: keeping everything is the one solution that all constraints share. That is why the analysis can be too careful
-but not wrong.
+refinement of both, so refining loses nothing. Where no refinement exists the axis is frozen, which always satisfies
+every equation: keeping everything is the one solution that all constraints share. That is why the analysis can be too
+careful but not wrong.
 """
 
 from __future__ import annotations
@@ -296,8 +296,7 @@ class Axes:
     def _unify_cats(self, a: Cat, b: Cat, cause: Cause) -> None:
         cuts = sorted(set(np.cumsum([p.size for p in a.parts])) | set(np.cumsum([p.size for p in b.parts])))
         start = 0
-        for stop in cuts:
-            stop = int(stop)
+        for stop in map(int, cuts):
             self.unify(self.take(a, start, stop, cause), self.take(b, start, stop, cause), cause)
             start = stop
 

@@ -40,7 +40,9 @@ def expect(value: Any, expected: Any, name: str) -> None:
     if value is expected:
         return
     if expected is None or value != expected:
-        raise ArgumentError(f"argument '{name}' was {expected!r} when the graph was captured, found {value!r}; trace again")
+        raise ArgumentError(
+            f"argument '{name}' was {expected!r} when the graph was captured, found {value!r}; trace again"
+        )
 
 
 def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> TracedModule:

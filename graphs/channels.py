@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import networkx as nx
@@ -60,7 +61,7 @@ class Group:
     @cached_property
     def members(self) -> tuple[Member, ...]:
         """Every axis that the group touches, in the model's order."""
-        return self._channels._members(self.atom)
+        return self._channels.members_of(self.atom)
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, size={self.size}, axes={len(self.members)})"
@@ -72,8 +73,8 @@ class ChannelGraph:
     def __init__(self, module: TracedModule, info: TraceInfo, labelling: Labelling, outputs: tuple[str, ...]) -> None:
         self.labelling = labelling
         self.outputs = outputs
-        self._module = module
-        self._info = info
+        self.module = module
+        self.info = info
         self._units: dict[int, tuple[Axis, dict[Atom, np.ndarray]]] = {}
         self._touched: dict[Atom, list[AxisName]] = {}
         for name, labels in labelling.state.items():
@@ -95,7 +96,8 @@ class ChannelGraph:
             groups.append(Group(f"{base}#{k}" if k else base, atom.size, atom, self))
         return groups
 
-    def _members(self, atom: Atom) -> tuple[Member, ...]:
+    def members_of(self, atom: Atom) -> tuple[Member, ...]:
+        """Every axis that the units of ``atom`` touch, in the model's order."""
         members = []
         for name, d in self._touched[atom]:
             units = self._units_along(name, d)[atom]
@@ -162,7 +164,7 @@ class ChannelGraph:
         except nx.NetworkXNoPath:
             return f"{_show(start)} and {_show(end)} are not coupled"
         lines = [_show(start)]
-        for x, y in zip(path, path[1:], strict=False):
+        for x, y in pairwise(path):
             data = next(iter(undirected.get_edge_data(x, y).values()))
             where = f" ({data['source']})" if data["source"] else ""
             lines.append(f"  -- {data['op']} at '{data['node']}'{where} -->  {_show(y)}")
@@ -171,7 +173,9 @@ class ChannelGraph:
     def _axis(self, axis: AxisName | str) -> AxisName:
         key = (axis, 0) if isinstance(axis, str) else (axis[0], int(axis[1]))
         if key not in self.graph:
-            raise ArgumentError(f"no axis {key!r}; axes are (parameter name, dim), e.g. {next(iter(self.graph.nodes))!r}")
+            raise ArgumentError(
+                f"no axis {key!r}; axes are (parameter name, dim), e.g. {next(iter(self.graph.nodes))!r}"
+            )
         return key
 
     def draw(self, path: str | Path) -> Path:
@@ -223,7 +227,7 @@ class ChannelGraph:
     def plan_keeping(self, kept: Mapping[str, torch.Tensor]) -> PruningPlan:
         """The plan that keeps the given units: group name -> (size,) bool; groups that are missing stay whole."""
         pruned = self.keep(kept)
-        own = {n: s for n, s in self._info.structure.items() if n not in self._info.constants}
+        own = {n: s for n, s in self.info.structure.items() if n not in self.info.constants}
         return PruningPlan(self.digest, self.outputs, own, {n: p for n, p in pruned.items() if n in own})
 
     def keep(self, kept: Mapping[str, torch.Tensor]) -> dict[str, Indices]:
@@ -235,7 +239,9 @@ class ChannelGraph:
                 raise ArgumentError(f"no group {name!r}; groups are {', '.join(list(by_name)[:5])}, ...")
             array = torch.as_tensor(mask).detach().cpu().numpy().astype(np.bool_)
             if array.shape != (by_name[name].size,):
-                raise ArgumentError(f"group {name!r} has {by_name[name].size} units, found a mask of shape {array.shape}")
+                raise ArgumentError(
+                    f"group {name!r} has {by_name[name].size} units, found a mask of shape {array.shape}"
+                )
             if not array.any():
                 raise ArgumentError(f"group {name!r} must keep at least one unit")
             if not array.all():
@@ -251,7 +257,7 @@ class ChannelGraph:
         """The kept units of each atom that a plan for this structure implies."""
         masks: dict[Atom, np.ndarray] = {}
         for atom, touched in self._touched.items():
-            own = [(n, d) for n, d in touched if n not in self._info.constants]
+            own = [(n, d) for n, d in touched if n not in self.info.constants]
             if not own:
                 continue
             name, dim = own[0]
@@ -273,7 +279,7 @@ Placed = list[tuple[Atom, np.ndarray, np.ndarray]]
 
 
 def _place(axis: Axis) -> Placed:
-    """Where the units of each atom lie along an axis in normal form: (atom, units, positions), one entry per occurrence."""
+    """Where the units of each atom lie along an axis in normal form: (atom, units, positions) per occurrence."""
     if isinstance(axis, Atom):
         every = np.arange(axis.size)
         return [(axis, every, every)]
@@ -356,7 +362,7 @@ def analyze(
         labelling = propagate(info, rules, paths, raise_on_unknown=on_unknown == "raise")
         found = info.analyses[key] = (rules, ChannelGraph(traced, info, labelling, paths))
     channels: ChannelGraph = found[1]
-    if channels._module is not traced:  # the same structure with other weights: scores must read those
+    if channels.module is not traced:  # the same structure with other weights: scores must read those
         channels = ChannelGraph(traced, info, channels.labelling, paths)
         info.analyses[key] = (rules, channels)
     return channels

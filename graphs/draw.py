@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-_COLOURS = ("#8dd3c7", "#ffffb3", "#bebada", "#fb8072", "#80b1d3", "#fdb462", "#b3de69", "#fccde5", "#ccebc5", "#ffed6f")
+_COLOURS = (
+    "#8dd3c7",
+    "#ffffb3",
+    "#bebada",
+    "#fb8072",
+    "#80b1d3",
+    "#fdb462",
+    "#b3de69",
+    "#fccde5",
+    "#ccebc5",
+    "#ffed6f",
+)
 _FROZEN = "#e0e0e0"
 
 
@@ -38,7 +49,8 @@ def draw(channels: ChannelGraph, path: Path) -> Path:
                 f"Graphviz' program 'dot' is not installed, so {path} can't be drawn; wrote {source} instead. "
                 "Install Graphviz, or draw to .html, which needs no program"
             )
-        path.write_bytes(_dot(channels).create(prog="dot", format="svg"))
+        svg: bytes = _dot(channels).create(prog="dot", format="svg")
+        path.write_bytes(svg)
     elif path.suffix == ".html":
         path.write_text("".join(_page(channels)), encoding="utf-8")
     else:

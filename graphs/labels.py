@@ -143,13 +143,15 @@ def _apply(
             answer = Refusal(f"the rule could not be applied ({type(e).__name__}: {e})")
         if isinstance(answer, Refusal):
             result = _refuse(labelling, view, answer.reason, raise_on_unknown)
-        elif answer and isinstance(answer[0], Axis) or (len(op.outs) == 1 and answer == ()):
+        elif (answer and isinstance(answer[0], Axis)) or (len(op.outs) == 1 and answer == ()):
             result = [answer]  # type: ignore[list-item]
         else:
             result = list(answer)  # type: ignore[arg-type]
     for slot, label in zip(op.outs, result, strict=False):
         if tuple(axis.size for axis in label) != slot.shape:
-            _refuse(labelling, view, f"the rule gave sizes {[a.size for a in label]} for {slot.shape}", raise_on_unknown)
+            _refuse(
+                labelling, view, f"the rule gave sizes {[a.size for a in label]} for {slot.shape}", raise_on_unknown
+            )
             label = _unseen(slot, op)
         before = labels.get(slot.index)
         if before is None:
@@ -204,5 +206,3 @@ def _freeze_squares(axes: Axes, axis: Axis) -> None:
                 if id(atom) in seen:
                     axes.freeze(atom, Cause("", "product", "", "an axis times itself"))
                 seen.add(id(atom))
-
-

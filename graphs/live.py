@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch.fx import Node
 
@@ -52,7 +52,8 @@ class _Live:
 class LiveInt(_Live, int):
     """An int with provenance."""
 
-    def __new__(cls, value: int, recorder: NumberRecorder, build: Callable[[], Node]) -> LiveInt:
+    def __new__(cls, value: int, recorder: NumberRecorder, build: Callable[[], Node]) -> Self:
+        """``value`` with the recorder that it came from, and how to make its node."""
         self = int.__new__(cls, value)
         self._recorder, self._build, self._node = recorder, build, None
         return self
@@ -61,7 +62,8 @@ class LiveInt(_Live, int):
 class LiveFloat(_Live, float):
     """A float with provenance, such as ``head_dim ** -0.5``."""
 
-    def __new__(cls, value: float, recorder: NumberRecorder, build: Callable[[], Node]) -> LiveFloat:
+    def __new__(cls, value: float, recorder: NumberRecorder, build: Callable[[], Node]) -> Self:
+        """``value`` with the recorder that it came from, and how to make its node."""
         self = float.__new__(cls, value)
         self._recorder, self._build, self._node = recorder, build, None
         return self

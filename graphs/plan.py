@@ -66,7 +66,7 @@ class PruningPlan:
     def then(self, later: PruningPlan) -> PruningPlan:
         """The plan that does this one and then ``later``, which was made for the model that this one gives."""
         pruned: dict[str, Indices] = {}
-        for name, dense in self.shapes.items():
+        for name in self.shapes:
             if later.shapes.get(name) != self.new_shape(name):
                 raise PlanMismatchError(
                     f"plans don't follow each other: {name} is {self.new_shape(name)} after the first, "

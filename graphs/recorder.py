@@ -189,7 +189,9 @@ class Recorder(TorchFunctionMode):
             return self._read_size(name, func, args, kwargs)
         if name in ("__set__", "__delete__"):
             where = source_line()
-            raise CaptureError(f"the forward assigns to a tensor's property ({func}) at {where}; rewrite it as an operation")
+            raise CaptureError(
+                f"the forward assigns to a tensor's property ({func}) at {where}; rewrite it as an operation"
+            )
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
         start = len(self.tape.ops)
@@ -310,7 +312,16 @@ class Recorder(TorchFunctionMode):
         """``value`` as an FX argument: tensors and live numbers become nodes."""
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
-        if value is None or type(value) in (bool, int, float, str, complex, torch.dtype, torch.layout, torch.memory_format):
+        if value is None or type(value) in (
+            bool,
+            int,
+            float,
+            str,
+            complex,
+            torch.dtype,
+            torch.layout,
+            torch.memory_format,
+        ):
             return value
         if is_live(value):
             return value.node()
@@ -318,7 +329,11 @@ class Recorder(TorchFunctionMode):
             return tuple(self.to_fx(v) for v in value)
         if isinstance(value, (tuple, list)):
             items = [self.to_fx(v) for v in value]
-            return type(value)(*items) if hasattr(value, "_fields") else (items if isinstance(value, list) else tuple(items))
+            return (
+                type(value)(*items)
+                if hasattr(value, "_fields")
+                else (items if isinstance(value, list) else tuple(items))
+            )
         if isinstance(value, dict):
             return {k: self.to_fx(v) for k, v in value.items()}
         if isinstance(value, slice):
@@ -358,8 +373,10 @@ class Recorder(TorchFunctionMode):
     def _constant(self, tensor: torch.Tensor) -> str:
         known = self.tape._by_id.get(id(tensor))
         made_here = known is not None and any(known in op.outs for op in reversed(self.tape.ops))
-        lifted = made_here and known is not None and all(
-            op.op is torch.ops.aten.lift_fresh.default for op in self.tape.ops if known in op.outs
+        lifted = (
+            made_here
+            and known is not None
+            and all(op.op is torch.ops.aten.lift_fresh.default for op in self.tape.ops if known in op.outs)
         )
         if (made_here and not lifted) or tensor.grad_fn is not None:
             raise CaptureError(
@@ -495,5 +512,3 @@ def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_map_tensors(v, fn) for v in value)
     return value
-
-

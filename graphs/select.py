@@ -104,7 +104,7 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
                 visit(factor, (*outer, *atoms))
 
     for name, labels in channels.labelling.state.items():
-        if name not in channels._info.aliases:
+        if name not in channels.info.aliases:
             for axis in labels:
                 visit(axis, ())
     return {atom: list(contexts) for atom, contexts in found.items()}
@@ -114,7 +114,9 @@ def _score(group: Group, score: Score) -> torch.Tensor:
     if callable(score):
         values = torch.as_tensor(score(group)).detach().to("cpu", torch.float64)
         if values.shape != (group.size,):
-            raise ArgumentError(f"the score of {group.name!r} must have shape ({group.size},), found {tuple(values.shape)}")
+            raise ArgumentError(
+                f"the score of {group.name!r} must have shape ({group.size},), found {tuple(values.shape)}"
+            )
         if torch.isnan(values).any():
             raise ArgumentError(f"the score of {group.name!r} holds NaN")
         return values
@@ -158,13 +160,11 @@ class Magnitude:
 
 def _tensor(channels: ChannelGraph, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(channels._module.get_submodule(owner), leaf)
+    tensor: torch.Tensor = getattr(channels.module.get_submodule(owner), leaf)
     return tensor
 
 
-def _global_counts(
-    channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]
-) -> dict[str, int]:
+def _global_counts(channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]) -> dict[str, int]:
     """Spend the same total over all groups by rank; no group falls below a tenth of its share, nor below one unit."""
     floors = {g.name: max(1, math.ceil(0.1 * counts[g.name])) for g in channels.groups}
     left = sum(counts.values()) - sum(floors.values())

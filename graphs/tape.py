@@ -1,7 +1,7 @@
 """The tape: every ATen call of a forward, with the FX node that it belongs to.
 
-Labels are propagated over the tape rather than over the torch-level graph, because a few dozen ATen operators cover what
-hundreds of torch functions and modules do.
+Labels are propagated over the tape rather than over the torch-level graph, because a few dozen ATen operators cover
+what hundreds of torch functions and modules do.
 """
 
 from __future__ import annotations
@@ -71,7 +71,18 @@ def slots_in(value: Any) -> Iterator[Slot]:
 
 # The in-place operators that change the shape of a tensor object; what they return is another axis layout.
 _RESHAPING = frozenset(
-    {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_", "as_strided_"}
+    {
+        "unsqueeze_",
+        "squeeze_",
+        "transpose_",
+        "t_",
+        "swapaxes_",
+        "swapdims_",
+        "resize_",
+        "resize_as_",
+        "set_",
+        "as_strided_",
+    }
 )
 
 
@@ -88,6 +99,10 @@ class Tape:
         """The slot of ``tensor``; a new one when it was never seen."""
         slot = self._by_id.get(id(tensor))
         return self.add(tensor) if slot is None else slot
+
+    def find(self, tensor: torch.Tensor) -> Slot | None:
+        """The slot of ``tensor``, if it was seen."""
+        return self._by_id.get(id(tensor))
 
     def add(self, tensor: torch.Tensor, kind: str = "value", name: str | None = None) -> Slot:
         """Give ``tensor`` a new slot."""
@@ -115,7 +130,7 @@ class TapeMode(TorchDispatchMode):
     """Writes each ATen call to a tape. ``stop()`` and ``go()`` are cheaper than leaving the mode."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
         self.tape = tape
 
     def __torch_dispatch__(
@@ -138,8 +153,10 @@ def _replace(value: Any, slot_of: Callable[[torch.Tensor], Slot]) -> Any:
     if isinstance(value, torch.Tensor):
         return slot_of(value)
     if isinstance(value, (tuple, list)):
-        return type(value)([_replace(v, slot_of) for v in value]) if type(value) in (tuple, list) else tuple(
-            _replace(v, slot_of) for v in value
+        return (
+            type(value)([_replace(v, slot_of) for v in value])
+            if type(value) in (tuple, list)
+            else tuple(_replace(v, slot_of) for v in value)
         )
     if isinstance(value, dict):
         return {k: _replace(v, slot_of) for k, v in value.items()}

@@ -95,7 +95,7 @@ class TracedModule(GraphModule):
         code = super().recompile()
         if self.train_graph is not None:
             cls = type(self)
-            cls.forward = _by_mode(cls.forward, _compile(self.train_graph))  # type: ignore[method-assign]
+            cls.forward = _by_mode(cls.forward, _compile(self.train_graph))
         return code
 
     def graphs(self) -> list[Graph]:
@@ -108,7 +108,7 @@ class TracedModule(GraphModule):
             root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         assert self.info is not None
         train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
-        new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, self._get_name())
+        new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, type(self).__name__)
         memo[id(self)] = new
         new.meta = dict(self.meta)
         if self.plan is not None:
@@ -136,6 +136,7 @@ def capture_of(module: torch.nn.Module) -> TraceInfo:
     info = getattr(module, "info", None)
     if not isinstance(module, TracedModule) or not isinstance(info, TraceInfo):
         raise ArgumentError(
-            f"expected a module made by chase_fx.trace, found {type(module).__name__}; call chase_fx.trace(model, args) first"
+            f"expected a module made by chase_fx.trace, found {type(module).__name__}; "
+            "call chase_fx.trace(model, args) first"
         )
     return info

@@ -48,7 +48,7 @@ def resize(module: nn.Module) -> None:
     for cls, attributes in SIZE_ATTRIBUTES.items():
         if isinstance(module, cls):
             for attribute, name, dim in attributes:
-                tensor = module._parameters.get(name)
+                tensor: torch.Tensor | None = module._parameters.get(name)
                 tensor = module._buffers.get(name) if tensor is None else tensor
                 if tensor is not None and hasattr(module, attribute):
                     setattr(module, attribute, tensor.shape[dim])

@@ -1,8 +1,8 @@
 """The masked reference: what the dense graph computes when the removed units don't exist.
 
-The dense graph runs with all of its weights. Every contraction sees zeros for removed units, and every reduction that is
-no plain sum (mean, variance, the norms) sees kept units only; everywhere else dense values flow, so that a wrong rule
-shows as a difference.
+The dense graph runs with all of its weights. Every contraction sees zeros for removed units, and every reduction that
+is no plain sum (mean, variance, the norms) sees kept units only; everywhere else dense values flow, so that a wrong
+rule shows as a difference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def gather_kept(tensor: torch.Tensor, labels: tuple[Axis, ...], masks: Mapping[A
 class MaskedReference(Interpreter):
     """Runs a traced module under the masks of a plan and keeps the value of every node that has labels."""
 
-    def __init__(self, traced: TracedModule, channels: ChannelGraph, capture: int, masks: Mapping[Atom, np.ndarray]) -> None:
+    def __init__(
+        self, traced: TracedModule, channels: ChannelGraph, capture: int, masks: Mapping[Atom, np.ndarray]
+    ) -> None:
         super().__init__(traced, garbage_collect_values=False, graph=traced.graphs()[capture])
         assert traced.info is not None
         self.tape = traced.info.captures[capture].tape
@@ -69,7 +71,7 @@ class MaskedReference(Interpreter):
 
 class _MaskedCalls(TorchDispatchMode):
     def __init__(self, ops: list[tuple[TapedOp, Facts | None]], reference: MaskedReference) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
         self.ops = iter(ops)
         self.reference = reference
 
@@ -102,19 +104,15 @@ class _MaskedCalls(TorchDispatchMode):
                 continue
             gone = torch.from_numpy(np.flatnonzero(~mask))
             at = next((i for i, a in enumerate(op.args) if a is slot), None)
-            key = None if at is not None else next(k for k, a in op.kwargs.items() if a is slot)
-            tensor = zeroed[at] if at is not None else kwargs[key]
-            tensor = tensor.index_fill(dim, gone.to(tensor.device), 0)
             if at is not None:
-                zeroed[at] = tensor
+                zeroed[at] = zeroed[at].index_fill(dim, gone.to(zeroed[at].device), 0)
             else:
-                kwargs[key] = tensor  # type: ignore[index]
+                key = next(k for k, a in op.kwargs.items() if a is slot)
+                kwargs[key] = kwargs[key].index_fill(dim, gone.to(kwargs[key].device), 0)
         return tuple(zeroed), kwargs
 
-    def _over_kept(
-        self, func: Any, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the operator on kept indices of the reduced dims; other indices of its outputs keep their dense values."""
+    def _over_kept(self, func: Any, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator on kept indices of the reduced dims; other indices of its outputs keep dense values."""
         ref = self.reference
         dims = {d for _, d in facts.reduced}
         x = facts.reduced[0][0]

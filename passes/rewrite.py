@@ -42,7 +42,9 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     """
     info = capture_of(traced)
     if not isinstance(plan, PruningPlan):
-        raise ArgumentError(f"expected a PruningPlan, found {type(plan).__name__}; make one with analyze(traced).plan(...)")
+        raise ArgumentError(
+            f"expected a PruningPlan, found {type(plan).__name__}; make one with analyze(traced).plan(...)"
+        )
     channels = channels_for(traced, plan)
     masks = channels.masks_of(plan)
     by_name = {group.name: torch.from_numpy(masks[group.atom]) for group in channels.groups if group.atom in masks}

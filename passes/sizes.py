@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _split(site: CallSite) -> None:
     if not site.counts.live(axis):
         return
     bounds = _bounds(site, axis.size)
-    sizes = [site.counts.between(axis, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    sizes = [site.counts.between(axis, a, b) for a, b in pairwise(bounds)]
     site.node.target = "split" if site.node.op == "call_method" else torch.split
     site.node.args, site.node.kwargs = (x, sizes, dim), {}
 
@@ -144,7 +145,9 @@ def _bounds(site: CallSite, size: int) -> list[int]:
     sections = site.node.kwargs.get("indices_or_sections", sections)
     if len(site.node.args) > 1:
         sections = site.node.args[1]
-    if isinstance(sections, Node) or (isinstance(sections, (list, tuple)) and any(isinstance(s, Node) for s in sections)):
+    if isinstance(sections, Node) or (
+        isinstance(sections, (list, tuple)) and any(isinstance(s, Node) for s in sections)
+    ):
         pieces = [g for g in site.node.users if _name(g) == "getitem"]
         return _bounds_of_pieces(site, pieces, size)
     if name == "tensor_split":
@@ -183,19 +186,19 @@ def _getitem(site: CallSite) -> None:
     labels = site.label(x)
     single = not isinstance(index, tuple)
     items = [index] if single else list(index)
-    taken = sum(_consumes(site, i) for i in items)
+    taken = sum(_consumes(i) for i in items)
     d, out = 0, []
     for item in items:
         if item is Ellipsis:
             out.append(item)
             d += len(labels) - taken
             continue
-        out.append(_place(site, item, labels[d]) if _consumes(site, item) else item)
-        d += _consumes(site, item)
+        out.append(_place(site, item, labels[d]) if _consumes(item) else item)
+        d += _consumes(item)
     site.node.update_arg(1, out[0] if single else tuple(out))
 
 
-def _consumes(site: CallSite, item: Any) -> int:
+def _consumes(item: Any) -> int:
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     if isinstance(item, Node):
@@ -306,7 +309,9 @@ def _name(node: Node) -> str:
 
 # function or method name -> what to do about its size arguments
 CALLS: dict[str, Handler] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "view_copy", "expand_copy", "_unsafe_view"), _sizes(1)),
+    **dict.fromkeys(
+        ("view", "reshape", "expand", "broadcast_to", "view_copy", "expand_copy", "_unsafe_view"), _sizes(1)
+    ),
     "reshape": _sizes(1, "shape"),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
     **dict.fromkeys(("zeros", "ones", "empty", "full"), _sizes(0)),

@@ -8,6 +8,7 @@ differs is named.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,15 @@ from torch.fx import Interpreter, Node
 from chase_fx.errors import ArgumentError, VerificationError
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
-from chase_fx.graphs.recorder import _map_tensors, _tensors
 from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.graphs.trees import map_tensors, tensors_in
 from chase_fx.passes.reference import MaskedReference, gather_kept
 from chase_fx.passes.rewrite import channels_for
 
 __all__ = ["VerificationReport", "verify"]
 
-# Largest accepted relative difference: what rounding alone explains. Single precision only passes quickly with it, a larger
-# difference is measured again in double precision.
+# Largest accepted relative difference: what rounding alone explains. Single precision only passes quickly with it, a
+# larger difference is measured again in double precision.
 _EXACT = 1e-9
 _QUICK = 1e-5
 
@@ -71,22 +72,23 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     channels = channels_for(traced, plan)
     masks = channels.masks_of(plan)
     inputs = (info.args, info.kwargs)
-    if any(t.is_meta for t in _tensors(inputs)) or any(p.is_meta for p in traced.parameters()):
+    if any(t.is_meta for t in tensors_in(inputs)) or any(p.is_meta for p in traced.parameters()):
         raise ArgumentError("meta tensors hold no values to compare; verify a model with real parameters")
     floats = [p.dtype for p in traced.parameters() if p.is_floating_point()]
     dtype = floats[0] if floats else torch.get_default_dtype()
     tolerance = _EXACT if dtype is torch.float64 else _QUICK
-    report, node = _compare(traced, slim, channels, masks, inputs, dtype, tolerance)
+    report, node = _compare(traced, slim, channels, masks, inputs, dtype=dtype, tolerance=tolerance)
     if node is not None and dtype is not torch.float64:
         doubles = [copy.deepcopy(m).double() for m in (traced, slim)]
         inputs = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
-        report, node = _compare(doubles[0], doubles[1], channels, masks, inputs, torch.float64, _EXACT)
+        report, node = _compare(*doubles, channels, masks, inputs, dtype=torch.float64, tolerance=_EXACT)
     if node is not None:
         source = node.meta.get("source") or "unknown line"
         raise VerificationError(
             f"the slim graph differs from the masked dense graph by {report.difference:.1e} (relative, {report.dtype}; "
             f"allowed {report.tolerance:.0e}); the first node that differs is '{node.name}' ({node.target}, {source}). "
-            "This is a defect of Chase-FX or of a user-defined rule, not of your model: please report it with str(channels)",
+            "This is a defect of Chase-FX or of a user-defined rule, not of your model: please report it with "
+            "str(channels)",
             node=node.name,
         )
     return report
@@ -98,6 +100,7 @@ def _compare(
     channels: ChannelGraph,
     masks: Mapping[Atom, np.ndarray],
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
     dtype: torch.dtype,
     tolerance: float,
 ) -> tuple[VerificationReport, Node | None]:
@@ -120,7 +123,7 @@ def _compare(
                 buffer.copy_(value)
     capture = capture_of(traced).captures[0]
     worst = 0.0
-    pairs = list(zip(_tensors(expected), _tensors(found), strict=True))
+    pairs = list(zip(tensors_in(expected), tensors_in(found), strict=True))
     for (want, have), leaf in zip(pairs, capture.outputs, strict=True):
         worst = max(worst, _relative(gather_kept(want, reference.labels[leaf.slot.index], masks), have))
     report = VerificationReport(worst, tolerance, dtype, len(pairs), len(reference.values))
@@ -143,10 +146,8 @@ class _Recording(Interpreter):
         return out
 
 
-def _first_difference(
-    slim: TracedModule, reference: MaskedReference, recorded: _Recording, tolerance: float
-) -> Node:
-    last = None
+def _first_difference(slim: TracedModule, reference: MaskedReference, recorded: _Recording, tolerance: float) -> Node:
+    last: Node | None = None
     for node in slim.graph.nodes:
         last = node
         want, have = reference.values.get(node.name), recorded.values.get(node.name)
@@ -169,7 +170,7 @@ def _relative(want: torch.Tensor, have: torch.Tensor) -> float:
     difference = torch.where(same, torch.zeros_like(want), want - have).abs().max().item()
     finite = want[want.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 1.0
-    if difference != difference:  # NaN in one of the two only
+    if math.isnan(difference):  # NaN in one of the two only
         return float("inf")
     return difference / scale if scale else difference
 
@@ -203,4 +204,4 @@ def _map_all(value: Any, fn: Any) -> Any:
         return {k: _map_all(v, fn) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_map_all(v, fn) for v in value)
-    return _map_tensors(value, fn)
+    return map_tensors(value, fn)

@@ -8,18 +8,27 @@ from __future__ import annotations
 import torch
 
 from chase_fx.graphs.rules import contraction, factory, lookup, movement, normaliser, pointwise, reshape, spatial
-from chase_fx.graphs.rules.base import Edge, Facts, Labels, LabelledOp, Refusal, Rule, Rules
+from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rule, Rules
 
 __all__ = ["DEFAULT_RULES", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
 # rule -> names of the operators in torch.ops.aten
 _TABLE: tuple[tuple[Rule, str], ...] = (
     # pointwise
-    (pointwise.broadcast, "add sub mul div pow where lerp addcmul addcdiv maximum minimum copy fill _prelu_kernel prelu"),
-    (pointwise.broadcast, "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter"),
+    (
+        pointwise.broadcast,
+        "add sub mul div pow where lerp addcmul addcdiv maximum minimum copy fill _prelu_kernel prelu",
+    ),
+    (
+        pointwise.broadcast,
+        "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter",
+    ),
     (pointwise.unary, "clone native_dropout dropout _to_copy lift_fresh lift_fresh_copy lift bernoulli nan_to_num"),
     (pointwise.unary, "feature_dropout alpha_dropout view_as_real_copy fill zero uniform normal exponential"),
-    (pointwise.unary, "hardswish hardsigmoid hardtanh mish relu6 elu celu selu leaky_relu softplus softshrink threshold"),
+    (
+        pointwise.unary,
+        "hardswish hardsigmoid hardtanh mish relu6 elu celu selu leaky_relu softplus softshrink threshold",
+    ),
     (pointwise.unary, "log_sigmoid_forward log_sigmoid hardshrink glu_jvp"),
     (pointwise.gated, "glu"),
     (pointwise.like, "zeros_like ones_like empty_like full_like"),

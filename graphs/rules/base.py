@@ -11,7 +11,7 @@ import torch
 from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of
 from chase_fx.graphs.tape import Slot, TapedOp
 
-__all__ = ["Edge", "Facts", "Labels", "LabelledOp", "Refusal", "Rule", "Rules"]
+__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
 Labels = tuple[Axis, ...]
 

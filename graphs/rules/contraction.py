@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chase_fx.graphs.axes import Axis, Prod
-from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
+from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
 from chase_fx.graphs.tape import Slot
 
 __all__ = ["addmm", "attention", "baddbmm", "bmm", "convolution", "dot", "linear", "mm", "mv", "norm", "total"]
@@ -168,32 +169,14 @@ def attention(op: LabelledOp) -> Sequence[Labels] | Refusal:
     return [out, *rest]
 
 
-def _dims(op: LabelledOp, slot: Slot, dims: object) -> list[int]:
-    n = len(slot.shape)
-    if dims is None or dims == [] or dims == ():
-        return list(range(n))
-    return [int(d) % n for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-
-
-def _reduced_labels(op: LabelledOp, slot: Slot, dims: list[int]) -> Labels:
-    keepdim = len(op.out.shape) == len(slot.shape)
-    labels = []
-    for d, axis in enumerate(op[slot]):
-        if d not in dims:
-            labels.append(axis)
-        elif keepdim:
-            labels.append(op.fixed(1, "size 1"))
-    return tuple(labels)
-
-
 def total(op: LabelledOp) -> Labels:
     """``sum(x, dim, keepdim)``: a contraction with ones."""
     x = op.arg(0, "self")
     has_dim = len(op.op.args) > 1 or "dim" in op.op.kwargs
-    dims = _dims(op, x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
+    dims = reduced_dims(x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
     for d in dims:
         op.contract(x, d)
-    return _reduced_labels(op, x, dims)
+    return reduced_labels(op, x, dims)
 
 
 def norm(op: LabelledOp) -> Labels | Refusal:
@@ -201,7 +184,7 @@ def norm(op: LabelledOp) -> Labels | Refusal:
     x, order = op.arg(0, "self"), op.arg(1, "ord", 2)
     if order is not None and not 0 < float(order) < float("inf"):
         return Refusal(f"a norm of order {order} is no sum of powers")
-    dims = _dims(op, x, op.arg(2, "dim"))
+    dims = reduced_dims(x, op.arg(2, "dim"))
     for d in dims:
         op.contract(x, d)
-    return _reduced_labels(op, x, dims)
+    return reduced_labels(op, x, dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chase_fx.graphs.rules.base import Labels, LabelledOp
+from chase_fx.graphs.rules.base import LabelledOp, Labels
 
 __all__ = ["constant", "fixed"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chase_fx.graphs.axes import Axis
-from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 
 __all__ = ["embedding", "gather", "index", "index_select", "masked_fill"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, resolve
-from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
+from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
@@ -310,5 +310,3 @@ def unfold(op: LabelledOp) -> Labels:
     op.freeze(labels[d], "windows run over it")
     labels[d] = op.fixed(op.out.shape[d], "windows")
     return (*labels, op.fixed(op.out.shape[-1], "a window"))
-
-

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chase_fx.graphs.rules.base import Labels, LabelledOp, Refusal
-from chase_fx.graphs.rules.contraction import _dims, _reduced_labels
+from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
+from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
 
 __all__ = ["average", "batch_norm", "extreme", "group_norm", "layer_norm", "ordered", "rms_norm", "softmax"]
 
@@ -18,8 +18,9 @@ def batch_norm(op: LabelledOp) -> Sequence[Labels]:
         if slot is not x and slot.shape == (x.shape[1],):
             op.tie(channels, op[slot][0])
     outs: list[Labels] = [op[x]]
-    for out in op.op.outs[1:]:
-        outs.append((channels,) if out.shape == (x.shape[1],) else tuple(op.fixed(n) for n in out.shape))
+    outs.extend(
+        (channels,) if out.shape == (x.shape[1],) else tuple(op.fixed(n) for n in out.shape) for out in op.op.outs[1:]
+    )
     return outs
 
 
@@ -35,7 +36,9 @@ def rms_norm(op: LabelledOp) -> Sequence[Labels]:
     return _over_last_dims(op, op.arg(1, "normalized_shape"), (op.arg(2, "weight"),), op[x])
 
 
-def _over_last_dims(op: LabelledOp, shape: Sequence[int], weights: Sequence[object], labels: Labels) -> Sequence[Labels]:
+def _over_last_dims(
+    op: LabelledOp, shape: Sequence[int], weights: Sequence[object], labels: Labels
+) -> Sequence[Labels]:
     x = op.arg(0, "input")
     n = len(shape)
     for w in weights:
@@ -59,7 +62,7 @@ def group_norm(op: LabelledOp) -> Sequence[Labels]:
     x, w, b = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
     groups = int(op.arg(6, "group"))
     channels = op[x][1]
-    group, inner = op.split(channels, groups, channels.size // groups)
+    group, _ = op.split(channels, groups, channels.size // groups)
     op.facts.notes["groups"] = group
     for slot in (w, b):
         if slot is not None:
@@ -73,12 +76,12 @@ def average(op: LabelledOp) -> Sequence[Labels]:
     """``mean``, ``var``, ``std`` over dims: units that don't exist are not counted."""
     x = op.arg(0, "self")
     if "correction" in op.op.op._overloadname or "dim" in op.op.op._overloadname:
-        dims = _dims(op, x, op.arg(1, "dim"))
+        dims = reduced_dims(x, op.arg(1, "dim"))
     else:
         dims = list(range(len(x.shape)))
     for d in dims:
         op.reduce(x, d)
-    labels = _reduced_labels(op, x, dims)
+    labels = reduced_labels(op, x, dims)
     return [labels for _ in op.op.outs]
 
 
@@ -97,10 +100,10 @@ def extreme(op: LabelledOp) -> Sequence[Labels] | Refusal:
     if any(slot is not x for slot in op.op.inputs()):
         return Refusal("a reduction with a second operand")
     has_dim = len(op.op.args) > 1 or "dim" in op.op.kwargs
-    dims = _dims(op, x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
+    dims = reduced_dims(x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
     for d in dims:
         op.freeze(op[x][d], "a maximum or a product runs over it")
-    labels = _reduced_labels(op, x, dims)
+    labels = reduced_labels(op, x, dims)
     return [labels for _ in op.op.outs]
 
 
@@ -111,11 +114,9 @@ def ordered(op: LabelledOp) -> Sequence[Labels]:
     dim = op.arg(2, "dim", -1) if name in ("topk", "kthvalue") else op.arg(1, "dim", -1)
     dim = int(dim) % max(len(x.shape), 1) if not isinstance(dim, bool) else len(x.shape) - 1
     op.freeze(op[x][dim], "its order decides")
-    outs = []
-    for out in op.op.outs:
-        outs.append(
-            tuple(op.fixed(out.shape[d], "ordered") if d == dim else axis for d, axis in enumerate(op[x]))
-            if len(out.shape) == len(x.shape)
-            else tuple(axis for d, axis in enumerate(op[x]) if d != dim)
-        )
-    return outs
+    return [
+        tuple(op.fixed(out.shape[d], "ordered") if d == dim else axis for d, axis in enumerate(op[x]))
+        if len(out.shape) == len(x.shape)
+        else tuple(axis for d, axis in enumerate(op[x]) if d != dim)
+        for out in op.op.outs
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chase_fx.graphs.rules.base import Labels, LabelledOp
+from chase_fx.graphs.rules.base import LabelledOp, Labels
 
 __all__ = ["broadcast", "cumulative", "gated", "like", "unary"]
 

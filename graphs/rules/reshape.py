@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chase_fx.graphs.axes import Axis, Prod
-from chase_fx.graphs.rules.base import Labels, LabelledOp
+from chase_fx.graphs.rules.base import LabelledOp, Labels
 
 __all__ = ["channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from chase_fx.graphs.axes import Prod
-from chase_fx.graphs.rules.base import Labels, LabelledOp
+from chase_fx.graphs.rules.base import LabelledOp, Labels
 
 __all__ = ["grid_sample", "im2col", "over_last"]
 

@@ -1,0 +1,30 @@
+"""Dim arguments of reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chase_fx.graphs.rules.base import LabelledOp, Labels
+from chase_fx.graphs.tape import Slot
+
+__all__ = ["reduced_dims", "reduced_labels"]
+
+
+def reduced_dims(slot: Slot, dims: int | Sequence[int] | None) -> list[int]:
+    """A ``dim`` argument as non-negative dims of ``slot``; none given means all of them."""
+    n = len(slot.shape)
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(n))
+    return [int(d) % n for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def reduced_labels(op: LabelledOp, slot: Slot, dims: Sequence[int]) -> Labels:
+    """The labels of ``slot`` without ``dims``, or with size 1 there if the operator was called with ``keepdim``."""
+    keepdim = len(op.out.shape) == len(slot.shape)
+    labels = []
+    for d, axis in enumerate(op[slot]):
+        if d not in dims:
+            labels.append(axis)
+        elif keepdim:
+            labels.append(op.fixed(1, "size 1"))
+    return tuple(labels)

@@ -1,0 +1,277 @@
+"""What is measured of one model: captured, pruned at 50 % and at 90 %, and compared with two references.
+
+The *reference* is the masked dense graph of ``chase_fx.verify``. The *oracle* knows no labels: it runs the original
+model with the removed slices zeroed (:mod:`tests.oracle`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import chase_fx
+from chase_fx.errors import ChaseError, VerificationError
+from tests import kept_means, oracle
+from tests.zoo import Case, build
+
+__all__ = ["EXACT", "SPARSITIES", "judge"]
+
+EXACT = 1e-9
+SPARSITIES = (0.5, 0.9)
+LARGE = 60_000_000  # parameters; larger models skip the checks that need another copy with gradients
+
+Record = dict[str, Any]
+
+
+class _Bound(nn.Module):
+    """A model with its keyword arguments filled in."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.model, self.kwargs = case.model, case.kwargs
+
+    def forward(self, *args: Any) -> Any:
+        return self.model(*args, **self.kwargs)
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(v, fn) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, fn) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, fn) for k, v in value.items()}
+    return value
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def prepared(case: Case) -> Case:
+    """The model randomised and in double precision, its inputs too; in single precision if it has no other."""
+    args, kwargs = _map((tuple(case.args), dict(case.kwargs)), _double)
+    double = dataclasses.replace(case, model=case.model.double().eval(), args=args, kwargs=kwargs)
+    oracle.randomise(_Bound(double))
+    try:
+        oracle.randomise(_Bound(double), args)
+        with torch.no_grad():
+            double.model(*_clone(args), **_clone(kwargs))
+    except RuntimeError:
+        return dataclasses.replace(case, model=case.model.float())
+    return double
+
+
+def flat(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in a result, in order; caches and other plain objects included."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from flat(item, seen)
+    elif isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from flat(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and id(value) not in seen:
+        seen.add(id(value))
+        for item in vars(value).values():
+            if isinstance(item, (Tensor, Mapping, tuple, list)) or hasattr(item, "__dict__"):
+                yield from flat(item, seen)
+
+
+def difference(want: Any, have: Any) -> float:
+    """Largest difference of any output, relative to the largest absolute value of that output."""
+    ours, theirs = list(flat(want)), list(flat(have))
+    if len(ours) != len(theirs):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if not a.numel():
+            continue
+        if not a.is_floating_point() and not a.is_complex():
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+            continue
+        same = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(same, torch.zeros_like(a), a - b).abs().max().item()
+        finite = a[a.isfinite()].abs()
+        scale = finite.max().item() if finite.numel() else 1.0
+        worst = max(worst, float("inf") if gap != gap else gap / max(scale, 1e-12))
+    return worst
+
+
+def _timed(fn: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    out = fn()
+    return out, time.perf_counter() - start
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+
+
+def judge(name: str) -> Record:
+    """Everything that the table says of one model. Never raises."""
+    torch.set_num_threads(1)
+    record: Record = {"name": name, "state": "unbuilt", "warnings": []}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            case = prepared(build(name))
+            record["state"] = "crashed"
+            del caught[:]
+            _judge(case, record)
+        record["warnings"] = sorted({str(w.message)[:300] for w in caught if "chase_fx" in type(w.message).__module__})
+    except VerificationError as e:
+        record["state"], record["reason"] = "mismatch", _reason(e)
+    except ChaseError as e:
+        record["state"], record["reason"] = "refused", _reason(e)
+    except Exception as e:  # noqa: BLE001 - whatever happens is the finding
+        record["reason"] = _reason(e)
+        record["traceback"] = traceback.format_exc()[-2500:]
+    return record
+
+
+def _judge(case: Case, record: Record) -> None:
+    model, args, kwargs = case.model, case.args, dict(case.kwargs)
+    single = not any(p.dtype is torch.float64 for p in model.parameters())
+    record["precision"], exact = ("single", 1e-4) if single else ("double", EXACT)
+    total = sum(p.numel() for p in model.parameters())
+    record["parameters"] = total
+    before = {n: t.clone() for n, t in model.state_dict().items()} if total < LARGE else {}
+    with torch.no_grad():
+        dense, _ = _timed(lambda: model(*_clone(args), **_clone(kwargs)))
+        record["forward"] = min(_timed(lambda: model(*_clone(args), **_clone(kwargs)))[1] for _ in range(2))
+    traced, record["trace"] = _timed(lambda: chase_fx.trace(model, args, kwargs))
+    channels, record["analyze"] = _timed(lambda: chase_fx.analyze(traced))
+    record["unknown"] = sorted({f"{u.op}: {u.reason[:160]} ({u.source})" for u in channels.unknown})
+    live = {m.tensor for group in channels.groups for m in group.members}
+    record["prunable"] = sum(p.numel() for n, p in model.named_parameters() if n in live) / max(total, 1)
+    record["frozen"] = _frozen(model, channels, live)
+    contract = {n for (n, _), why in channels.frozen.items() if why.startswith(("output ", "not used by"))}
+    record["free"] = sum(p.numel() for n, p in model.named_parameters() if n in live | contract) / max(total, 1)
+    with torch.no_grad():
+        record["traced"] = difference(dense, traced(*_clone(args), **_clone(kwargs)))
+    slims = {}
+    for sparsity in SPARSITIES:
+        key = f"{sparsity:g}"
+        plan, seconds = _timed(lambda s=sparsity: channels.plan(s))
+        slim, more = _timed(lambda p=plan: chase_fx.rewrite(traced, p))
+        record.setdefault("rewrite", seconds + more)
+        record[f"left {key}"] = sum(p.numel() for p in slim.parameters()) / max(total, 1)
+        record[f"reference {key}"] = chase_fx.verify(traced, slim).difference
+        record[f"oracle {key}"] = _oracle(model, args, kwargs, slim)
+        slims[key] = slim
+    record["batch"] = _batches(case, traced, slims["0.5"], dense, exact) if case.batch else "fixed"
+    if total < LARGE:
+        record["train"] = _train(case, traced, exact)
+        after = model.state_dict()
+        record["untouched"] = all(torch.equal(t, after[n]) or bool(t.isnan().any()) for n, t in before.items())
+    ours = [record[f"reference {s:g}"] for s in SPARSITIES] + [record["traced"]]
+    record["state"] = "exact" if max(ours) <= exact else "mismatch"
+    if record["state"] == "mismatch":
+        record["reason"] = f"the traced graph differs from the model by {record['traced']:.1e}"
+
+
+def _clone(value: Any) -> Any:
+    return _map(value, torch.clone)
+
+
+def _frozen(model: nn.Module, channels: Any, live: set[str]) -> list[str]:
+    """The largest parameters that can't shrink, and why."""
+    sizes = sorted(((p.numel(), n) for n, p in model.named_parameters() if n not in live), reverse=True)[:4]
+    out = []
+    for numel, name in sizes:
+        reasons = {f"dim {d}: {why[:200]}" for (n, d), why in channels.frozen.items() if n == name}
+        out.append(f"{name} ({numel}): " + ("; ".join(sorted(reasons)) or "unused"))
+    return out
+
+
+def _oracle(model: nn.Module, args: Any, kwargs: Any, slim: nn.Module) -> float | str:
+    try:
+        with torch.no_grad():
+            expected = kept_means.expected_output(model, _clone(args), slim.plan.kept_indices(), _clone(kwargs))
+            return difference(expected, slim(*_clone(args), **_clone(kwargs)))
+    except Exception as e:  # noqa: BLE001 - the oracle's own limits are reported, not hidden
+        return _reason(e)
+
+
+def _more(value: Any, batch: int) -> Any:
+    """One more sample: the first one again."""
+    return _map(value, lambda t: torch.cat([t, t[:1]]) if t.dim() and t.shape[0] == batch else t)
+
+
+def _batches(case: Case, traced: nn.Module, slim: nn.Module, dense: Any, exact: float) -> str:
+    """Whether the traced graph follows the model to one more and to one sample, and the slim one follows itself."""
+    batch = next((t.shape[0] for t in flat((case.args, dict(case.kwargs))) if t.dim()), 0)
+    inputs = (case.args, dict(case.kwargs))
+    for what, change in (("more", lambda v: _more(v, batch)), ("one", lambda v: _map(v, lambda t: _first(t, batch)))):
+        args, kwargs = change(inputs)
+        with torch.no_grad():
+            try:
+                want = case.model(*_clone(args), **_clone(kwargs))
+            except Exception:  # noqa: BLE001 - the model itself can't
+                continue
+            try:
+                gap = difference(want, traced(*_clone(args), **_clone(kwargs)))
+                if gap > exact:
+                    return f"traced differs at {what}: {gap:.1e}"
+                if difference(_map(list(flat(dense)), lambda t: t), list(flat(dense))) == 0:
+                    have = list(flat(slim(*_clone(args), **_clone(kwargs))))
+                    base = list(flat(slim(*_clone(inputs[0]), **_clone(inputs[1]))))
+                    consistent = difference(change(list(flat(dense))), list(flat(want))) <= exact
+                    gap = difference(change(base), have)
+                    if consistent and gap > exact:
+                        return f"slim differs at {what}: {gap:.1e}"
+            except Exception as e:  # noqa: BLE001
+                return f"at {what}: {_reason(e)}"
+    return "ok"
+
+
+def _first(t: Tensor, batch: int) -> Tensor:
+    return t[:1] if t.dim() and t.shape[0] == batch else t
+
+
+def _train(case: Case, traced: nn.Module, exact: float) -> str:
+    """Whether the traced graph in train mode returns the model's outputs, gradients and buffers, dropout included."""
+    results = []
+    for root in (copy.deepcopy(case.model), copy.deepcopy(traced)):
+        root.train()
+        root.requires_grad_(True)
+        torch.manual_seed(5)
+        try:
+            out = root(*_clone(case.args), **_clone(dict(case.kwargs)))
+            outs = [t for t in flat(out) if t.requires_grad]
+            if outs:
+                sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in outs).backward()
+        except Exception as e:  # noqa: BLE001
+            results.append(_reason(e))
+            continue
+        grads = {n: p.grad for n, p in root.named_parameters() if p.grad is not None}
+        results.append((out, grads, dict(root.state_dict())))
+    ours, theirs = results
+    if isinstance(ours, str):
+        return "the model itself: " + ours
+    if isinstance(theirs, str):
+        return theirs
+    if (gap := difference(ours[0], theirs[0])) > exact:
+        return f"outputs differ: {gap:.1e}"
+    if missing := set(ours[1]) ^ set(theirs[1]):
+        return f"gradients missing or added: {sorted(missing)[:3]}"
+    if (gap := max((difference(g, theirs[1][n]) for n, g in ours[1].items()), default=0.0)) > exact * 100:
+        return f"gradients differ: {gap:.1e}"
+    if bad := [n for n, b in ours[2].items() if n not in theirs[2] or difference(b, theirs[2][n]) > exact]:
+        return f"state differs: {bad[:3]}"
+    return "ok"
