@@ -6,7 +6,7 @@ import html
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pydot
 
@@ -49,7 +49,7 @@ def draw(channels: ChannelGraph, path: Path) -> Path:
                 f"Graphviz' program 'dot' is not installed, so {path} can't be drawn; wrote {source} instead. "
                 "Install Graphviz, or draw to .html, which needs no program"
             )
-        svg: bytes = _dot(channels).create(prog="dot", format="svg")
+        svg: Any = _dot(channels).create(prog="dot", format="svg")  # bytes, though its annotation says str
         path.write_bytes(svg)
     elif path.suffix == ".html":
         path.write_text("".join(_page(channels)), encoding="utf-8")

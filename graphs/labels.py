@@ -6,7 +6,7 @@ Train and eval captures share the axes of the parameters, so one solution serves
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chase_fx.errors import UnsupportedOpError
@@ -60,7 +60,9 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
     labelling = Labelling(axes, state)
     used: set[str] = set()
     for capture in info.captures:
-        _run(labelling, capture, rules, used, raise_on_unknown)
+        propagation = _Propagation(labelling, capture, rules, raise_on_unknown)
+        propagation.run()
+        used |= propagation.used
     keep = set(frozen_outputs)
     for capture, labels in zip(info.captures, labelling.slots, strict=True):
         for leaf in capture.outputs:
@@ -72,38 +74,91 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
     return labelling
 
 
-def _run(labelling: Labelling, capture: Capture, rules: Rules, used: set[str], raise_on_unknown: bool) -> None:
-    labels: dict[int, Labels] = {}
-    facts: dict[int, Facts] = {}
-    for slot in capture.tape.slots:
-        if slot.kind in ("parameter", "buffer", "constant") and slot.name is not None:
-            labels[slot.index] = labelling.state[slot.name]
-        elif slot.kind == "input":
-            labels[slot.index] = tuple(
-                Fixed(n, Cause(str(slot.name), "input", "", f"dim {d} of input '{slot.name}'"))
-                for d, n in enumerate(slot.shape)
+@dataclass
+class _Propagation:
+    """Labels flow through one capture."""
+
+    labelling: Labelling
+    capture: Capture
+    rules: Rules
+    raise_on_unknown: bool
+    labels: dict[int, Labels] = field(default_factory=dict)
+    facts: dict[int, Facts] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Label every tensor that the outputs depend on."""
+        self._start()
+        live = _live_ops(self.capture)
+        for position, op in enumerate(self.capture.tape.ops):
+            if position not in live:
+                continue
+            for slot in op.inputs():
+                self._read(slot, op)
+            facts = self.facts[position] = Facts()
+            self._apply(op, facts)
+            self.labelling.producers.update(axis.owner for axis in facts.produced if isinstance(axis, Atom))
+        for leaf in self.capture.outputs:
+            self._read(leaf.slot, None)
+        self.labelling.slots.append(self.labels)
+        self.labelling.facts.append(self.facts)
+
+    def _start(self) -> None:
+        for slot in self.capture.tape.slots:
+            if slot.kind in ("parameter", "buffer", "constant") and slot.name is not None:
+                self.labels[slot.index] = self.labelling.state[slot.name]
+            elif slot.kind == "input":
+                self.labels[slot.index] = tuple(
+                    Fixed(n, Cause(str(slot.name), "input", "", f"dim {d} of input '{slot.name}'"))
+                    for d, n in enumerate(slot.shape)
+                )
+
+    def _read(self, slot: Slot, op: TapedOp | None) -> None:
+        if slot.index not in self.labels:
+            self.labels[slot.index] = _unseen(slot, op)
+        if slot.name is not None:
+            self.used.add(slot.name)
+
+    def _apply(self, op: TapedOp, facts: Facts) -> None:
+        view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts)
+        for slot, given in zip(op.outs, self._answer(view), strict=False):
+            label = given
+            if tuple(axis.size for axis in given) != slot.shape:
+                self._refuse(view, f"the rule gave sizes {[a.size for a in given]} for {slot.shape}")
+                label = _unseen(slot, op)
+            before = self.labels.get(slot.index)
+            if before is None:
+                self.labels[slot.index] = label
+            else:  # written in place: what was there and what is written have the same axes
+                for a, b in zip(before, label, strict=True):
+                    view.tie(a, b)
+
+    def _answer(self, view: LabelledOp) -> Sequence[Labels]:
+        """What the operator's rule says of each output."""
+        rule = self.rules.find(view.op.op)
+        if rule is None:
+            return self._refuse(view, "no channel rule")
+        try:
+            answer = rule(view)
+        except (AssertionError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
+            # A rule that met arguments it did not expect has proven nothing; freezing is always right.
+            answer = Refusal(f"the rule could not be applied ({type(e).__name__}: {e})")
+        if isinstance(answer, Refusal):
+            return self._refuse(view, answer.reason)
+        if (answer and isinstance(answer[0], Axis)) or (len(view.op.outs) == 1 and answer == ()):
+            return [answer]  # type: ignore[list-item]  # the labels of the only output
+        return list(answer)  # type: ignore[arg-type]  # those of each output
+
+    def _refuse(self, view: LabelledOp, reason: str) -> list[Labels]:
+        op = view.op
+        shapes = ", ".join(str(s.shape) for s in op.inputs())
+        if self.raise_on_unknown:
+            raise UnsupportedOpError(
+                f"{reason} for {view.name} at node '{op.node}' (inputs {shapes}; {op.source or 'unknown line'}). "
+                "Add a rule with DEFAULT_RULES.extend(...), or pass on_unknown='freeze' to leave its channels unpruned."
             )
-    live = _live_ops(capture)
-    for position, op in enumerate(capture.tape.ops):
-        if position not in live:
-            continue
-        for slot in op.inputs():
-            if slot.index not in labels:
-                labels[slot.index] = _unseen(slot, op)
-            if slot.name is not None:
-                used.add(slot.name)
-        facts[position] = Facts()
-        _apply(labelling, op, labels, facts[position], rules, raise_on_unknown)
-        for axis in facts[position].produced:
-            if isinstance(axis, Atom):
-                labelling.producers.add(axis.owner)
-    for leaf in capture.outputs:
-        if leaf.slot.index not in labels:
-            labels[leaf.slot.index] = _unseen(leaf.slot, None)
-        if leaf.slot.name is not None:
-            used.add(leaf.slot.name)
-    labelling.slots.append(labels)
-    labelling.facts.append(facts)
+        self.labelling.unknown.append(Unknown(view.name, op.node, op.source, reason))
+        return view.all_fixed(reason)
 
 
 def _unseen(slot: Slot, op: TapedOp | None) -> Labels:
@@ -126,51 +181,6 @@ def _live_ops(capture: Capture) -> set[int]:
             slots.add(slot.index)
             storages.add(slot.storage)
     return live
-
-
-def _apply(
-    labelling: Labelling, op: TapedOp, labels: dict[int, Labels], facts: Facts, rules: Rules, raise_on_unknown: bool
-) -> None:
-    view = LabelledOp(op, labelling.axes, labels, labelling.edges, facts)
-    rule = rules.find(op.op)
-    if rule is None:
-        result = _refuse(labelling, view, "no channel rule", raise_on_unknown)
-    else:
-        try:
-            answer = rule(view)
-        except (AssertionError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
-            # A rule that met arguments it did not expect has proven nothing; freezing is always right.
-            answer = Refusal(f"the rule could not be applied ({type(e).__name__}: {e})")
-        if isinstance(answer, Refusal):
-            result = _refuse(labelling, view, answer.reason, raise_on_unknown)
-        elif (answer and isinstance(answer[0], Axis)) or (len(op.outs) == 1 and answer == ()):
-            result = [answer]  # type: ignore[list-item]
-        else:
-            result = list(answer)  # type: ignore[arg-type]
-    for slot, label in zip(op.outs, result, strict=False):
-        if tuple(axis.size for axis in label) != slot.shape:
-            _refuse(
-                labelling, view, f"the rule gave sizes {[a.size for a in label]} for {slot.shape}", raise_on_unknown
-            )
-            label = _unseen(slot, op)
-        before = labels.get(slot.index)
-        if before is None:
-            labels[slot.index] = label
-        else:  # written in place: what was there and what is written have the same axes
-            for a, b in zip(before, label, strict=True):
-                view.tie(a, b)
-
-
-def _refuse(labelling: Labelling, view: LabelledOp, reason: str, raise_on_unknown: bool) -> list[Labels]:
-    op = view.op
-    shapes = ", ".join(str(s.shape) for s in op.inputs())
-    if raise_on_unknown:
-        raise UnsupportedOpError(
-            f"{reason} for {view.name} at node '{op.node}' (inputs {shapes}; {op.source or 'unknown line'}). "
-            "Add a rule with DEFAULT_RULES.extend(...), or pass on_unknown='freeze' to leave its channels unpruned."
-        )
-    labelling.unknown.append(Unknown(view.name, op.node, op.source, reason))
-    return view.all_fixed(reason)
 
 
 def _settle(labelling: Labelling, used: set[str], aliases: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, Self
 
 from torch.fx import Node
@@ -40,10 +41,11 @@ class _Live:
         return self._node
 
     def __reduce__(self) -> Any:
-        return (int, (int(self),)) if isinstance(self, int) else (float, (float(self),))  # type: ignore[arg-type]
+        value = _plain(self)
+        return type(value), (value,)
 
     def __copy__(self) -> Any:
-        return int(self) if isinstance(self, int) else float(self)  # type: ignore[arg-type]
+        return _plain(self)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.__copy__()
@@ -87,7 +89,7 @@ def _derive(fn: Callable[..., Any], recorder: NumberRecorder, operands: tuple[An
     if not recorder.recording() or isinstance(value, (bool, complex)):
         return value
     # The operands are kept, not their nodes: a number that nobody uses leaves no trace in the graph.
-    build = lambda: recorder.call(fn, operands)  # noqa: E731  (a closure, evaluated at most once)
+    build = partial(recorder.call, fn, operands)
     return LiveInt(value, recorder, build) if isinstance(value, int) else LiveFloat(value, recorder, build)
 
 
@@ -105,6 +107,11 @@ def _binary(fn: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable
     return forward, backward
 
 
+def _unary(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda self: _derive(fn, self._recorder, (self,))
+
+
+_UNARY = {"neg": operator.neg}
 _BINARY = {
     "add": operator.add,
     "sub": operator.sub,
@@ -119,4 +126,5 @@ for _cls in (LiveInt, LiveFloat):
         _forward, _backward = _binary(_fn)
         setattr(_cls, f"__{_name}__", _forward)
         setattr(_cls, f"__r{_name}__", _backward)
-    setattr(_cls, "__neg__", lambda self: _derive(operator.neg, self._recorder, (self,)))  # noqa: B010
+    for _name, _operator in _UNARY.items():
+        setattr(_cls, f"__{_name}__", _unary(_operator))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chase_fx.errors import ArgumentError, NothingToPruneError
-from chase_fx.graphs.axes import Atom, Cat, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, resolve
 
 if TYPE_CHECKING:
     from chase_fx.graphs.channels import ChannelGraph, Group
@@ -89,8 +89,8 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
     """For each atom, the other live atoms of every product that it is a factor of (empty: it also stands alone)."""
     found: dict[Atom, dict[tuple[Atom, ...], None]] = {}
 
-    def visit(axis: object, outer: tuple[Atom, ...]) -> None:
-        axis = resolve(axis)  # type: ignore[arg-type]
+    def visit(given: Axis, outer: tuple[Atom, ...]) -> None:
+        axis = resolve(given)
         if isinstance(axis, Atom):
             found.setdefault(axis, {})[outer] = None
         elif isinstance(axis, Cat):

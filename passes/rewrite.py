@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from chase_fx.errors import ArgumentError, PlanMismatchError
 from chase_fx.graphs.channels import ChannelGraph, analyze
@@ -20,6 +23,8 @@ from chase_fx.passes.modules import resize, slim_tree
 from chase_fx.passes.sizes import CALLS, CallSite
 
 __all__ = ["channels_for", "rewrite"]
+
+LabelsOf = Callable[[Node], Labels | None]
 
 
 def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
@@ -127,20 +132,20 @@ def _rewrite_graph(graph: Graph, root: nn.Module, channels: ChannelGraph, captur
     return new
 
 
-def _touches_live(node: Node, labels: object, counts: Counts) -> bool:
+def _touches_live(node: Node, labels: LabelsOf, counts: Counts) -> bool:
     for other in (node, *node.all_input_nodes, *node.users):
-        found = labels(other)  # type: ignore[operator]
+        found = labels(other)
         if found is not None and counts.any_live(found):
             return True
     return False
 
 
-def _grow_read(graph: Graph, node: Node, labels: object, counts: Counts) -> None:
+def _grow_read(graph: Graph, node: Node, labels: LabelsOf, counts: Counts) -> None:
     """A size that is read from a shrunken dim goes on with its dense value."""
-    found = labels(node.args[0])  # type: ignore[operator]
+    found = labels(cast("Node", node.args[0]))
     if found is None:
         return
-    chosen: Labels = (found[node.args[1]],) if len(node.args) > 1 else found  # type: ignore[index]
+    chosen = (found[cast("int", node.args[1])],) if len(node.args) > 1 else found
     if not counts.any_live(chosen):
         return
     users = list(node.users)
@@ -154,7 +159,7 @@ def _grow_read(graph: Graph, node: Node, labels: object, counts: Counts) -> None
         user.kwargs = _swap(user.kwargs, node, dense)
 
 
-def _swap(value: object, old: Node, new: object) -> object:
+def _swap(value: Any, old: Node, new: Any) -> Any:
     if value is old:
         return new
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -171,7 +176,7 @@ def _swap(value: object, old: Node, new: object) -> object:
 def _resize_called(module: nn.Module, site: CallSite) -> None:
     """Sizes that no tensor of the module tells: groups, and norms without weights."""
     group = site.note("groups")
-    if group is not None and hasattr(module, "groups"):
+    if group is not None and isinstance(module, _ConvNd):
         module.groups = site.counts.kept(group)
         resize(module)
     if not site.node.args:
@@ -186,5 +191,5 @@ def _resize_called(module: nn.Module, site: CallSite) -> None:
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         n = len(module.normalized_shape)
         module.normalized_shape = tuple(map(site.counts.kept, x[len(x) - n :]))
-    elif hasattr(module, "num_features") and len(x) > 1:
+    elif isinstance(module, _NormBase) and len(x) > 1:
         module.num_features = site.counts.kept(x[1])

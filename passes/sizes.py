@@ -140,7 +140,7 @@ def _split(site: CallSite) -> None:
 
 def _bounds(site: CallSite, size: int) -> list[int]:
     name = _name(site.node)
-    sections = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
+    sections: Any = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
     sections = site.node.kwargs.get("split_size", sections)
     sections = site.node.kwargs.get("indices_or_sections", sections)
     if len(site.node.args) > 1:
@@ -167,7 +167,8 @@ def _bounds_of_pieces(site: CallSite, pieces: Sequence[Node], size: int) -> list
     lengths: dict[int, int] = {}
     for piece in pieces:
         dim = site.arg(2, "dim", 0) % len(site.label(piece))
-        lengths[piece.args[1]] = site.label(piece)[dim].size  # type: ignore[index]
+        index: Any = piece.args[1]
+        lengths[index] = site.label(piece)[dim].size
     bounds = [0]
     for i in range(len(lengths)):
         if i not in lengths:
@@ -180,14 +181,15 @@ def _bounds_of_pieces(site: CallSite, pieces: Sequence[Node], size: int) -> list
 
 def _getitem(site: CallSite) -> None:
     """``x[...]`` and ``x[...] = y`` with constant places on live dims."""
-    x, index = site.node.args[0], site.node.args[1]
+    x: Any = site.node.args[0]
+    index: Any = site.node.args[1]
     if not isinstance(x, Node) or site.labels(x) is None:
         return
     labels = site.label(x)
     single = not isinstance(index, tuple)
     items = [index] if single else list(index)
     taken = sum(_consumes(i) for i in items)
-    d, out = 0, []
+    d, out = 0, list[Any]()
     for item in items:
         if item is Ellipsis:
             out.append(item)

@@ -79,9 +79,9 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     tolerance = _EXACT if dtype is torch.float64 else _QUICK
     report, node = _compare(traced, slim, channels, masks, inputs, dtype=dtype, tolerance=tolerance)
     if node is not None and dtype is not torch.float64:
-        doubles = [copy.deepcopy(m).double() for m in (traced, slim)]
+        wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
         inputs = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
-        report, node = _compare(*doubles, channels, masks, inputs, dtype=torch.float64, tolerance=_EXACT)
+        report, node = _compare(wide, wide_slim, channels, masks, inputs, dtype=torch.float64, tolerance=_EXACT)
     if node is not None:
         source = node.meta.get("source") or "unknown line"
         raise VerificationError(
@@ -147,6 +147,7 @@ class _Recording(Interpreter):
 
 
 def _first_difference(slim: TracedModule, reference: MaskedReference, recorded: _Recording, tolerance: float) -> Node:
+    node: Node
     last: Node | None = None
     for node in slim.graph.nodes:
         last = node

@@ -202,7 +202,7 @@ def _frozen(model: nn.Module, channels: Any, live: set[str]) -> list[str]:
 def _oracle(model: nn.Module, args: Any, kwargs: Any, slim: nn.Module) -> float | str:
     try:
         with torch.no_grad():
-            expected = kept_means.expected_output(model, _clone(args), slim.plan.kept_indices(), _clone(kwargs))
+            expected = kept_means.expected_output(model, slim, _clone(args), _clone(kwargs))
             return difference(expected, slim(*_clone(args), **_clone(kwargs)))
     except Exception as e:  # noqa: BLE001 - the oracle's own limits are reported, not hidden
         return _reason(e)

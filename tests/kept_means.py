@@ -1,7 +1,8 @@
 """An oracle without labels that also judges norms written out by hand, such as ``x * x.pow(2).mean(-1).rsqrt()``.
 
 In a copy of the model whose removed slices are zero a removed channel is zero everywhere. So whenever a mean, a variance
-or a norm runs over a dim, the indices that are zero there now, and were not in the dense model, do not exist.
+or a norm runs over a dim, the indices that are zero there now, and were not in the dense model, do not exist. (A pixel can be zero by chance as well. So only dims count
+that are smaller in the slim module too.)
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _NORMS = frozenset({F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.inst
 class _Calls(TorchFunctionMode):
     """Notes which indices are zero in every reduced tensor, in order of the calls."""
 
-    def __init__(self, dense: list[list[Tensor]] | None = None) -> None:
+    def __init__(self, dense: _Calls | None = None, slim: _Calls | None = None) -> None:
         super().__init__()
         self.zeros: list[list[Tensor]] = []
         self.dense = dense
+        self.slim = slim if dense is not None and slim is not None and len(slim.zeros) == len(dense.zeros) else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,11 +53,14 @@ class _Calls(TorchFunctionMode):
         self.zeros.append(zeros)
         if self.dense is None:
             return func(*args, **kwargs)
-        before = self.dense[len(self.zeros) - 1]
+        call = len(self.zeros) - 1
+        before = self.dense.zeros[call]
         gone = [now & ~then for now, then in zip(zeros, before, strict=True)]
-        if not any(bool(g.any()) for g in gone):
-            return func(*args, **kwargs)
         kept = {d: (~g).nonzero().flatten() for d, g in enumerate(gone) if g.any()}
+        if self.slim is not None and len(self.slim.zeros[call]) == x.dim():
+            kept = {d: i for d, i in kept.items() if len(self.slim.zeros[call][d]) == len(i)}
+        if not kept:
+            return func(*args, **kwargs)
         if func in _REDUCTIONS:
             return _reduce(func, kept, args, kwargs)
         return _norm(func, kept, args, kwargs)
@@ -122,12 +127,13 @@ def _group_norm(
     return out
 
 
-def expected_output(
-    model: nn.Module, args: tuple[Any, ...], kept: Mapping[str, tuple[Tensor | None, ...]], kwargs: Mapping[str, Any]
-) -> Any:
+def expected_output(model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What the slim module has to return."""
-    dense = _Calls()
-    with torch.no_grad(), dense:
-        model(*args, **kwargs)
-    with torch.no_grad(), _Calls(dense.zeros):
-        return masked_copy(model, kept)(*args, **kwargs)
+    dense, thin = _Calls(), _Calls()
+    with torch.no_grad():
+        with dense:
+            model(*args, **kwargs)
+        with thin:
+            slim(*args, **kwargs)
+        with _Calls(dense, thin):
+            return masked_copy(model, slim.plan.kept_indices())(*args, **kwargs)

@@ -103,7 +103,7 @@ def flatten_net() -> nn.Module:
 def shuffle_net() -> nn.Module:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.a(x)
-        y = y.view(len(x), 2, 4, 4, 4).transpose(1, 2).reshape(len(x), 8, 4, 4)
+        y = y.view(x.shape[0], 2, 4, 4, 4).transpose(1, 2).reshape(x.shape[0], 8, 4, 4)
         return m.out(y + m.b(x))
 
     return Net(forward, a=conv(3, 8), b=conv(3, 8), out=conv(8, 2))
@@ -154,9 +154,9 @@ def glu_net() -> nn.Module:
 def attention_net() -> nn.Module:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = x.flatten(2).transpose(1, 2)
-        q, k, v = (p(y).view(len(x), 16, 2, 8).transpose(1, 2) for p in (m.q, m.k, m.v))
+        q, k, v = (p(y).view(x.shape[0], 16, 2, 8).transpose(1, 2) for p in (m.q, m.k, m.v))
         out = F.scaled_dot_product_attention(q, k, v)
-        return m.out(out.transpose(1, 2).reshape(len(x), 16, 16))
+        return m.out(out.transpose(1, 2).reshape(x.shape[0], 16, 16))
 
     return Net(forward, q=nn.Linear(3, 16), k=nn.Linear(3, 16), v=nn.Linear(3, 16), out=nn.Linear(16, 2))
 
@@ -230,9 +230,7 @@ def pixel_shuffle_net() -> nn.Module:
 
 
 def transposed_net() -> nn.Module:
-    return Net(
-        lambda m, x: m.out(m.b(m.a(x))), a=conv(3, 8), b=nn.ConvTranspose2d(8, 12, 2, groups=2), out=conv(12, 2)
-    )
+    return Net(lambda m, x: m.out(m.b(m.a(x))), a=conv(3, 8), b=nn.ConvTranspose2d(8, 12, 2, groups=2), out=conv(12, 2))
 
 
 NETS = {name.removesuffix("_net"): make for name, make in list(globals().items()) if name.endswith("_net")}

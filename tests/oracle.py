@@ -4,9 +4,9 @@ It needs the original module and the kept indices of each parameter, nothing els
 a copy of the dense model, and normalisation layers see kept channels only. What that copy computes is what the slim
 module has to compute.
 
-A signal that has lost nine tenths of its channels in each of fifty layers is gone, and a slim module could then agree by
-its last bias alone. So the comparison is made twice: with the weights as they are, and with weights that are rescaled,
-layer by layer in both modules alike, until the signal that is left has unit variance everywhere.
+A signal that has lost nine tenths of its channels in each of fifty layers is gone, and a slim module could then agree
+by its last bias alone. So the comparison is made twice: with the weights as they are, and with weights that are
+rescaled, layer by layer in both modules alike, until the signal that is left has unit variance everywhere.
 
 A layer norm, group norm or RMS norm is recognised by its weight, whose kept indices tell which channels exist; a norm
 without weight can't be judged this way.
@@ -51,7 +51,7 @@ def randomise(model: nn.Module, args: tuple[Any, ...] | None = None, seed: int =
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 constant = bool((parameter == parameter.flatten()[0]).all())
-                if name == "weight" and parameter.dim() == 1 or "scale" in name or name == "gamma":
+                if (name == "weight" and parameter.dim() == 1) or "scale" in name or name == "gamma":
                     parameter.copy_(gamma(parameter.shape))
                 elif parameter.dim() == 1:
                     parameter.copy_(normal(parameter.shape, 0.3))
@@ -120,7 +120,7 @@ class _KeptNorms(TorchFunctionMode):
         return norm(self.kept, *args, **kwargs)
 
 
-def _layer_norm(
+def _layer_norm(  # noqa: PLR0917  (the arguments of F.layer_norm)
     kept: Mapping[int, Any], x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     (indices,) = kept[id(weight)]
@@ -134,10 +134,12 @@ def _rms_norm(kept: Mapping[int, Any], x: Tensor, shape: Any, weight: Tensor, ep
     (indices,) = kept[id(weight)]
     if indices is None:
         return F.rms_norm(x, shape, weight, eps)
-    return torch.zeros_like(x).index_copy(-1, indices, F.rms_norm(x[..., indices], (len(indices),), weight[indices], eps))
+    return torch.zeros_like(x).index_copy(
+        -1, indices, F.rms_norm(x[..., indices], (len(indices),), weight[indices], eps)
+    )
 
 
-def _group_norm(
+def _group_norm(  # noqa: PLR0917  (the arguments of F.group_norm)
     kept: Mapping[int, Any], x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     (indices,) = kept[id(weight)]
@@ -208,7 +210,8 @@ def assert_exact(
     Both must be in eval mode; ``slim`` gets its weights and statistics back.
     """
     kwargs = kwargs or {}
-    assert not model.training and not slim.training
+    assert not model.training
+    assert not slim.training
     kept = slim.plan.kept_indices()
     masked = masked_copy(model, kept)
     own = {name: tensor.clone() for name, tensor in slim.state_dict().items()}

@@ -46,7 +46,7 @@ def choices(axes: list[Axis]) -> set[tuple[bool, ...]]:
     return found
 
 
-# -- by hand ------------------------------------------------------------------------------------------------------------
+# -- by hand
 
 
 def test_unified_atoms_are_one() -> None:
@@ -175,12 +175,20 @@ def test_weak_and_carrier_follow_a_merge() -> None:
     assert not resolve(b).weak
 
 
-# -- brute force on tiny sizes ----------------------------------------------------------------------------------------
+# -- brute force on tiny sizes
 
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [((4,), (4,)), ((2, 2), (4,)), ((2, 2), (2, 2)), ((3, 2), (2, 3)), ((2, 4), (4, 2)), ((2, 3, 2), (4, 3)), ((6,), (2, 4))],
+    [
+        ((4,), (4,)),
+        ((2, 2), (4,)),
+        ((2, 2), (2, 2)),
+        ((3, 2), (2, 3)),
+        ((2, 4), (4, 2)),
+        ((2, 3, 2), (4, 3)),
+        ((6,), (2, 4)),
+    ],
 )
 def test_concatenations_lose_nothing(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     """Equating two concatenations leaves all the solutions whose pieces of every cut are non-empty, and no other."""
@@ -212,7 +220,7 @@ def test_products_lose_nothing(p: int, q: int, r: int, s: int) -> None:
     assert choices([a]) == {bits for bits in every if any(bits) and is_product(bits, p) and is_product(bits, r)}
 
 
-# -- soundness of random programs -----------------------------------------------------------------------------------------
+# -- soundness of random programs
 
 
 class Program:
@@ -227,7 +235,9 @@ class Program:
         self.frozen: list[Axis] = []
 
     def step(self, draw: st.DataObject) -> None:
-        kind = draw.draw(st.sampled_from(("atom", "cat", "prod", "unify", "take", "split", "freeze", "unify", "take", "split")))
+        kind = draw.draw(
+            st.sampled_from(("atom", "cat", "prod", "unify", "take", "split", "freeze", "unify", "take", "split"))
+        )
         if kind == "atom" or not self.pool:
             self.pool.append(self.axes.atom(draw.draw(st.sampled_from((2, 3, 4, 6, 8, 12))), ("atom", len(self.pool))))
             return

@@ -236,7 +236,7 @@ def test_draw_svg(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     if shutil.which("dot"):
         assert "<svg" in channels.draw(tmp_path / "graph.svg").read_text()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(GraphvizMissingError, match="wrote .*other.dot"):
+    with pytest.raises(GraphvizMissingError, match=r"wrote .*other\.dot"):
         channels.draw(tmp_path / "other.svg")
     assert "stem.weight" in (tmp_path / "other.dot").read_text()
 
@@ -282,7 +282,9 @@ def test_score_function(traced: Any) -> None:
     assert plan.kept_indices()["stem.bias"][0].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("sparsity", "round_to", "width"), [(0.5, 4, 4), (0.4, 4, 4), (0.99, 1, 1), (0.9, 2, 2), (0.5, 1, 4)])
+@pytest.mark.parametrize(
+    ("sparsity", "round_to", "width"), [(0.5, 4, 4), (0.4, 4, 4), (0.99, 1, 1), (0.9, 2, 2), (0.5, 1, 4)]
+)
 def test_widths(traced: Any, sparsity: float, round_to: int, width: int) -> None:
     """Kept widths follow the sparsity, are multiples of round_to, and at least one unit is left."""
     plan = chase_fx.analyze(traced).plan(sparsity, round_to=round_to)
@@ -411,7 +413,13 @@ def test_output_structures(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("outputs", "kind"),
-    [("logits", "dict"), ("logits", "dataclass"), (0, "tuple"), (["logits"], "dict"), (lambda path: path == "logits", "dict")],
+    [
+        ("logits", "dict"),
+        ("logits", "dataclass"),
+        (0, "tuple"),
+        (["logits"], "dict"),
+        (lambda path: path == "logits", "dict"),
+    ],
 )
 def test_freed_outputs(outputs: Any, kind: str) -> None:
     """Outputs that are not selected lose their channels; the selected one keeps its shape and is exact."""
@@ -510,12 +518,23 @@ def test_one_capture_serves_both_modes(auxiliary: bool) -> None:
     assert slim.get_parameter("aux.weight").shape[1] == (4 if auxiliary else 8)
 
 
+def test_modes_survive(model: nn.Module) -> None:
+    """A model that is partly in train mode gives a capture and a slim module in the same modes."""
+    model.train()
+    model.block.bn1.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    for module in (chase_fx.trace(model, images()), chase_fx.prune(model, images())):
+        assert {name: m.training for name, m in module.named_modules() if name in modes} == modes
+
+
 def test_hooks_run(traced: Any) -> None:
     """Forward hooks on leaf modules run in the capture and in the slim module, and see the slim widths."""
     slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
     for module, width in ((traced, 8), (slim, 4)):
         seen = []
-        handle = module.get_submodule("stem").register_forward_hook(lambda m, args, out, seen=seen: seen.append(out.shape))
+        handle = module.get_submodule("stem").register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append(out.shape)
+        )
         module(images(2))
         handle.remove()
         assert seen == [(2, width, 6, 6)]
@@ -618,7 +637,41 @@ def test_live_sizes() -> None:
     assert_exact(model, slim, (torch.randn(2, 3, 4, 7, dtype=torch.float64),))
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+def test_len_is_reported() -> None:
+    """len(x) can't stay free, since Python makes a plain int of it; the capture warns, with the line."""
+
+    class Len(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(len(x), 8))
+
+    with pytest.warns(chase_fx.SpecializationWarning, match=r"test_contract.py:\d+"):
+        chase_fx.trace(Len(), torch.ones(3, 4))
+
+
+def test_read_data_is_reported() -> None:
+    """A branch on tensor data is captured as the example inputs took it, and the capture warns, with the line."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(-y if x.sum() > 0 else y)
+
+    x = torch.ones(3, 4)
+    model = Branch()
+    with pytest.warns(chase_fx.SpecializationWarning, match=r"__bool__ at .*test_contract.py:\d+"):
+        traced = chase_fx.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+
+
+# -- files
 
 
 def test_save_and_load(model: nn.Module, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Each mistake of a caller, and what a model can do to us, is one clear ChaseError that says what, where and what to do."""
+"""Each mistake of a caller is one clear ChaseError that says what, where, expected against found, and what to do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_no_parameters(model: nn.Module) -> None:
 
 def test_everything_frozen() -> None:
     """A model all of whose channels are frozen has nothing to prune, and the error says why."""
-    with pytest.raises(NothingToPruneError, match="every channel is frozen.*output 'output' keeps its shape"):
+    with pytest.raises(NothingToPruneError, match=r"every channel is frozen.*output 'output' keeps its shape"):
         prune(nn.Linear(4, 2), X)
 
 
@@ -99,7 +99,7 @@ def test_round_to_out_of_range(round_to: Any) -> None:
 
 def test_unknown_score() -> None:
     """A score that does not exist is refused, with those that do."""
-    with pytest.raises(ArgumentError, match="unknown score 'size'.*'magnitude'.*'random'"):
+    with pytest.raises(ArgumentError, match=r"unknown score 'size'.*'magnitude'.*'random'"):
         prune(net(), X, score="size")
 
 
@@ -143,7 +143,9 @@ def test_unsupported_operator_raises() -> None:
     """With on_unknown='raise' the same operator stops the analysis, with shape, line and remedy."""
     traced = chase_fx.trace(Fft(), IMAGE)
     for _ in range(2):  # also when an earlier analysis is known
-        with pytest.raises(UnsupportedOpError, match=r"(?s)fft.*\(2, 8, 4, 4\).*test_errors.py:\d+.*DEFAULT_RULES.extend"):
+        with pytest.raises(
+            UnsupportedOpError, match=r"(?s)fft.*\(2, 8, 4, 4\).*test_errors.py:\d+.*DEFAULT_RULES.extend"
+        ):
             chase_fx.analyze(traced, on_unknown="raise")
         chase_fx.analyze(traced)
 
@@ -167,7 +169,9 @@ def test_on_unknown_out_of_range() -> None:
 
 def test_model_raises() -> None:
     """What the model itself raises on the inputs is the cause, and the line of its code is in the message."""
-    with pytest.raises(CaptureError, match=r"Raises.forward raised LookupError.*x: \(1, 3\).*test_errors.py:\d+") as caught:
+    with pytest.raises(
+        CaptureError, match=r"Raises.forward raised LookupError.*x: \(1, 3\).*test_errors.py:\d+"
+    ) as caught:
         prune(Raises(), torch.ones(1, 3))
     assert isinstance(caught.value.__cause__, LookupError)
     assert caught.value.__cause__.args == ("the model's own words",)
@@ -229,7 +233,9 @@ def test_no_tensor_output() -> None:
         chase_fx.trace(Count(), X)
 
 
-@pytest.mark.parametrize("call", [chase_fx.analyze, lambda m: chase_fx.rewrite(m, None), lambda m: chase_fx.verify(m, m)])
+@pytest.mark.parametrize(
+    "call", [chase_fx.analyze, lambda m: chase_fx.rewrite(m, None), lambda m: chase_fx.verify(m, m)]
+)
 def test_untraced_module(call: Any) -> None:
     """Passes refuse a module that was not traced, and name the call that is missing."""
     with pytest.raises(ArgumentError, match=r"chase_fx.trace\(model, args\) first"):
@@ -245,7 +251,7 @@ def test_rewrite_without_a_plan() -> None:
 def test_verify_without_a_rewrite() -> None:
     """A module that no rewrite made can't be verified."""
     traced = chase_fx.trace(net(), X)
-    with pytest.raises(ArgumentError, match="must come from chase_fx.rewrite"):
+    with pytest.raises(ArgumentError, match=r"must come from chase_fx.rewrite"):
         chase_fx.verify(traced, traced)
 
 
@@ -322,11 +328,11 @@ def test_mask_of_wrong_shape_or_name() -> None:
 def test_explain_of_an_unknown_axis() -> None:
     """explain refuses an axis that the model does not have, and shows what an axis looks like."""
     channels = chase_fx.analyze(chase_fx.trace(net(), X))
-    with pytest.raises(ArgumentError, match="no axis .*'9.weight', 0.*axes are"):
+    with pytest.raises(ArgumentError, match=r"no axis .*'9.weight', 0.*axes are"):
         channels.explain("9.weight", "0.weight")
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files
 
 
 @pytest.fixture

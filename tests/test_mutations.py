@@ -6,7 +6,7 @@ Nothing else would do: a rule that is wrong and passes is a silent wrong result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def _transpose_forgotten(op: LabelledOp) -> Labels:
 
 
 def _attention_heads_untied(op: LabelledOp) -> Sequence[Labels]:
-    q, k, v = op.arg(0, "query"), op.arg(1, "key"), op.arg(2, "value")
+    q, _k, v = op.arg(0, "query"), op.arg(1, "key"), op.arg(2, "value")
     op.contract(q, 3)
     out = (*op[q][:-1], op[v][-1])
     return [out, *(out[: len(o.shape)] for o in op.op.outs[1:])]
@@ -227,7 +227,9 @@ def _interleave_swapped(op: LabelledOp) -> Labels:
 
 def _reduced_dropped(op: LabelledOp) -> Any:
     """A reduction over channels that neither freezes them nor notes anything."""
-    return contraction._reduced_labels(op, op.arg(0, "self"), [1])
+    labels = list(op[op.arg(0, "self")])
+    labels[1] = op.fixed(1, "size 1")
+    return tuple(labels)
 
 
 def _picked_free(op: LabelledOp) -> Labels:

@@ -49,7 +49,9 @@ ACTIVATIONS = {
 class Conv(nn.Module):
     """Convolution, norm, activation."""
 
-    def __init__(self, width: int, out: int, kind: str, act: str, groups: int = 1, kernel: int = 3, stride: int = 1) -> None:
+    def __init__(
+        self, width: int, out: int, kind: str, act: str, *, groups: int = 1, kernel: int = 3, stride: int = 1
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=kind in ("none", "layer"))
         self.norm = norm(kind, out)
@@ -62,7 +64,7 @@ class Conv(nn.Module):
 class Residual(nn.Module):
     def __init__(self, width: int, kind: str, act: str, groups: int) -> None:
         super().__init__()
-        self.first = Conv(width, width, kind, act, groups)
+        self.first = Conv(width, width, kind, act, groups=groups)
         self.second = Conv(width, width, kind, "none")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,35 +162,41 @@ BLOCKS = (
 
 
 def block(draw: st.DrawFn, width: int) -> tuple[nn.Module, int]:
+    """A random layer for ``width`` channels, and how many it gives."""
     kind = draw(st.sampled_from(("batch", "batch", "group", "layer", "none")))
     act = draw(st.sampled_from(sorted(ACTIVATIONS)))
     name = draw(st.sampled_from(BLOCKS))
-    if name == "conv":
-        out = draw(st.sampled_from(WIDTHS))
-        return Conv(width, out, kind, act, kernel=draw(st.sampled_from((1, 3)))), out
+    if name in ("conv", "concat", "grouped", "pad"):
+        return widening(draw, name, width, kind, act)
+    if name == "split":
+        first = 2 * draw(st.integers(1, width // 2 - 1)) if width > 3 else 1
+        return Split(width, first, kind if width % 4 == 0 else "batch", act, chunk=draw(st.booleans())), width
+    make = {
+        "residual": lambda: Residual(width, kind, act, draw(st.sampled_from(divisors(width)))),
+        "depthwise": lambda: Conv(width, width, kind, act, groups=width),
+        "shuffle": lambda: Shuffle(draw(st.sampled_from(divisors(width)))),
+        "excite": lambda: SqueezeExcite(width, linear=draw(st.booleans())),
+        "pool": lambda: draw(st.sampled_from((nn.MaxPool2d, nn.AvgPool2d)))(3, 1, 1),
+        "scale": lambda: Scale(width),
+        "up": lambda: nn.Upsample(scale_factor=2),
+    }
+    return make[name](), width
+
+
+def widening(draw: st.DrawFn, name: str, width: int, kind: str, act: str) -> tuple[nn.Module, int]:
+    """A random layer that may give another number of channels."""
+    if name == "concat":
+        out = draw(st.sampled_from((4, 6)))
+        return Concat(width, out, kind, act), width + out
     if name == "grouped":
         groups = draw(st.sampled_from(divisors(width)))
         out = groups * draw(st.sampled_from((1, 2)))
         out = width if out < 4 else out
-        return Conv(width, out, "none" if out % 2 else kind, act, groups), out
-    if name == "residual":
-        return Residual(width, kind, act, draw(st.sampled_from(divisors(width)))), width
-    if name == "concat":
-        out = draw(st.sampled_from((4, 6)))
-        return Concat(width, out, kind, act), width + out
-    if name == "split":
-        first = 2 * draw(st.integers(1, width // 2 - 1)) if width > 3 else 1
-        return Split(width, first, kind if width % 4 == 0 else "batch", act, chunk=draw(st.booleans())), width
-    if name == "pad" and width <= 12:
-        return PadShortcut(width, kind, act), 2 * (width // 2) + width if width % 2 else 2 * width
-    simple = {
-        "depthwise": lambda: Conv(width, width, kind, act, width),
-        "shuffle": lambda: Shuffle(draw(st.sampled_from(divisors(width)))),
-        "excite": lambda: SqueezeExcite(width, linear=draw(st.booleans())),
-        "pool": lambda: draw(st.sampled_from((nn.MaxPool2d, nn.AvgPool2d)))(3, 1, 1),
-        "up": lambda: nn.Upsample(scale_factor=2),
-    }
-    return simple.get(name, lambda: Scale(width))(), width
+        return Conv(width, out, "none" if out % 2 else kind, act, groups=groups), out
+    if name == "pad" and width % 2 == 0 and width <= 12:
+        return PadShortcut(width, kind, act), 2 * width
+    out = draw(st.sampled_from(WIDTHS))
+    return Conv(width, out, kind, act, kernel=draw(st.sampled_from((1, 3)))), out
 
 
 @st.composite
@@ -212,6 +220,7 @@ def judge(net: nn.Module, sparsity: float, score: str, round_to: int) -> None:
     args = (torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64),)
     traced = chase_fx.trace(net, args)
     channels = chase_fx.analyze(traced)
+    assume(channels.groups)  # cuts that don't align with rows can freeze a small net as a whole
     plan = channels.plan(sparsity, score, round_to)
     slim = chase_fx.rewrite(traced, plan)
     assert not channels.unknown

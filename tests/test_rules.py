@@ -79,7 +79,7 @@ def test_axes(name: str) -> None:
         assert text == expected, f"{tensor} dim {dim}"
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 @pytest.mark.parametrize("name", sorted(set(NETS) - {"channel_mean"}))
 def test_exact(name: str, score: str, sparsity: float) -> None:
@@ -233,9 +233,9 @@ def test_in_place_forms_share_their_rule() -> None:
         lambda y: y[:, ::2].repeat(1, 2, 1, 1),
         lambda y: y[:, torch.arange(8).flip(0)],
         lambda y: F.unfold(y, 1).view(y.shape),
-        lambda y: y.reshape(len(y), 4, 2, 4, 4).amax(2).repeat(1, 2, 1, 1),
+        lambda y: y.reshape(y.shape[0], 4, 2, 4, 4).amax(2).repeat(1, 2, 1, 1),
         lambda y: F.local_response_norm(y, 3),
-        lambda y: F.instance_norm(y),
+        F.instance_norm,
     ],
 )
 def test_one_operator_between_two_layers(step: object) -> None:

@@ -5,6 +5,7 @@ schedule, channel rule), one engine, and the named methods that combine them.
 """
 
 from chase_fx.sparse.chase import Chase
+from chase_fx.sparse.distributed import RanksDisagreeError
 from chase_fx.sparse.methods import ACDC, GMP, MEST, SET, SNIP, GraNet, RigL, RigLITOP, SRigL, Static
 from chase_fx.sparse.structure import provide
 from chase_fx.sparse.trainer import SparseTrainer
@@ -17,6 +18,7 @@ __all__ = [
     "SNIP",
     "Chase",
     "GraNet",
+    "RanksDisagreeError",
     "RigL",
     "RigLITOP",
     "SRigL",

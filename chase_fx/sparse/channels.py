@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from chase_fx.errors import ArgumentError
 from chase_fx.sparse.masks import SparseWeights
-from chase_fx.sparse.ranking import ChannelCount, choose
+from chase_fx.sparse.ranking import ChannelCount, Ranking, choose, comparable
 from chase_fx.sparse.schedule import cubic
 from chase_fx.sparse.structure import GroupLike, MemberLike
+from chase_fx.sparse.unit_cost import UnitCost
 from chase_fx.sparse.unit_score import Slices, Units, UnitScore, umm
 
 __all__ = ["ChannelRule", "ChannelState", "floor_of"]
@@ -38,6 +39,8 @@ class ChannelRule:
         beta: how much of its uniform share each group must keep.
         score: the unit score.
         round_to: groups give units so that the number left is a multiple of it.
+        cost: what a unit saves; scores are divided by it.
+        ranking: how scores of different groups compare.
     """
 
     sparsity: float
@@ -46,6 +49,17 @@ class ChannelRule:
     beta: float = 0.2
     score: UnitScore = umm
     round_to: int = 1
+    cost: UnitCost | None = None
+    ranking: Ranking = "global"
+
+    def __str__(self) -> str:
+        """What tells one rule from another, the same in every process."""
+        names = [getattr(part, "__name__", None) or type(part).__name__ for part in (self.score, self.cost)]
+        seed = getattr(self.score, "seed", None)
+        return (
+            f"{self.sparsity} every {self.interval} to {self.end}, beta {self.beta}, round_to {self.round_to}, by "
+            f"{names[0]}{'' if seed is None else f'({seed})'} / {names[1]}, {self.ranking}"
+        )
 
     def at(self, step: int) -> float | None:
         """The share removed after the event at ``step``, or ``None`` when there is no event.
@@ -83,11 +97,16 @@ class ChannelState:
         parameters = dict(module.named_parameters(remove_duplicate=False))
         canonical = {id(parameter): name for name, parameter in module.named_parameters()}
         buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        self.ids = {name: mask.nonzero().squeeze(1) for name, mask in self.kept.items()}
         self.units = tuple(
-            Units(group, tuple(s for m in group.members if (s := _slices(m, parameters, canonical, buffers))))
+            Units(
+                group,
+                tuple(s for m in group.members if (s := _slices(m, parameters, canonical, buffers))),
+                self.ids[group.name],
+                len(self.kept[group.name]),
+            )
             for group in groups
         )
-        self.ids = {name: mask.nonzero().squeeze(1) for name, mask in self.kept.items()}
 
     @property
     def left(self) -> dict[str, int]:
@@ -102,10 +121,14 @@ class ChannelState:
     def event(self, step: int, share: float, weights: SparseWeights) -> bool:
         """Remove what the schedule wants removed at ``step``; whether anything was."""
         quota = round(share * self.channels) - self.removed
+        ranked = [units for units in self.units if units.group.name in self._ranked]
+        kept = {units.group.name: self.kept[units.group.name][units.ids] for units in ranked}
         scores = {
-            units.group.name: self._score(units, weights) for units in self.units if units.group.name in self._ranked
+            units.group.name: comparable(
+                self._score(units, weights), kept[units.group.name], units.first, self.rule.ranking
+            )
+            for units in ranked
         }
-        kept = {name: self.kept[name][self.ids[name]] for name in scores}
         gone = choose(scores, kept, self.floors, self.count, quota=quota, round_to=self.rule.round_to)
         self.remove({name: self.ids[name][indices] for name, indices in gone.items()}, weights)
         if gone:
@@ -120,14 +143,12 @@ class ChannelState:
         return {name for term in self.count.terms for name in term}
 
     def _score(self, units: Units, weights: SparseWeights) -> Tensor:
-        scores = self.rule.score(units, weights.alive).detach().double().cpu()
-        if scores.shape != (units.group.size,):
-            msg = (
-                f"the channel score gave shape {tuple(scores.shape)} for group {units.group.name!r}; expected one "
-                f"number per unit, ({units.group.size},)"
-            )
-            raise ArgumentError(msg)
-        return scores
+        scores = _one_per_unit("channel score", self.rule.score(units, weights.alive), units)
+        if self.rule.cost is None:
+            return scores
+        costs = _one_per_unit("channel cost", self.rule.cost(units, weights.alive), units)
+        # A unit that saves nothing goes last, which the division by the least positive number sees to.
+        return scores / costs.clamp(min=torch.finfo(torch.float64).tiny)
 
     def remove(self, gone: Mapping[str, Tensor], weights: SparseWeights) -> None:
         """Take units (in the first numbering) away: masks of every member follow, weights at the next ``apply``."""
@@ -140,6 +161,17 @@ class ChannelState:
             for part in units.slices:
                 weights.remove(part.name, part.parameter, part.dim, part.positions[local])
         weights.settle()
+
+
+def _one_per_unit(what: str, values: Tensor, units: Units) -> Tensor:
+    values = values.detach().double().cpu()
+    if values.shape != (units.group.size,):
+        msg = (
+            f"the {what} gave shape {tuple(values.shape)} for group {units.group.name!r}; expected one number per "
+            f"unit, ({units.group.size},)"
+        )
+        raise ArgumentError(msg)
+    return values
 
 
 def _slices(

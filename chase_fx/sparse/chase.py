@@ -14,7 +14,8 @@ from chase_fx.sparse.grow import Grow
 from chase_fx.sparse.recipe import DropAndGrow, Recipe
 from chase_fx.sparse.schedule import Phases, Replace, SoftBound, interval_for
 from chase_fx.sparse.score import gradient, magnitude
-from chase_fx.sparse.trainer import Options, SparseTrainer
+from chase_fx.sparse.options import Options
+from chase_fx.sparse.trainer import SparseTrainer
 
 __all__ = ["Chase"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from chase_fx.errors import ArgumentError
 
-__all__ = ["check_count", "check_order", "check_share"]
+__all__ = ["check_choice", "check_count", "check_order", "check_share"]
 
 
 def check_share(name: str, value: float, *, closed: bool = False) -> None:
@@ -29,3 +31,9 @@ def check_order(first: str, a: float, second: str, b: float) -> None:
     if a > b:
         msg = f"{first}={a} comes after {second}={b}; both are shares of the run, the first must not exceed the second"
         raise ArgumentError(msg)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ArgumentError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ArgumentError(f"unknown {name} {value!r}: expected one of {sorted(choices)}")

@@ -14,13 +14,47 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from chase_fx.sparse.structure import GroupLike
 
-__all__ = ["ChannelCount", "choose"]
+__all__ = ["RANKINGS", "ChannelCount", "Ranking", "choose", "comparable"]
+
+Ranking = Literal["global", "normalised", "group"]
+"""How scores of different groups compare; see :func:`comparable`."""
+RANKINGS: tuple[str, ...] = get_args(Ranking)
+
+
+def comparable(scores: Tensor, kept: Tensor, first: int, ranking: Ranking) -> Tensor:
+    """Scores of one group in a form that ranks it against the others.
+
+    ``"global"``: as they are. ``"normalised"``: over the mean of the units left, so that a group of small weights does
+    not lose everything. ``"group"``: the share of the group that is gone once the unit and all below it are, so that
+    every group loses the same share, lowest scores first.
+
+    Args:
+        scores: Tensor (size,), float64.
+        kept: BoolTensor (size,), the units left.
+        first: units of the group when training began.
+        ranking: one of the above.
+
+    >>> scores, kept = torch.tensor([4.0, 1.0, 3.0]), torch.tensor([True, True, True])
+    >>> comparable(scores, kept, 4, "normalised").tolist(), comparable(scores, kept, 4, "group").tolist()
+    ([1.5, 0.375, 1.125], [1.0, 0.5, 0.75])
+    """
+    if ranking == "global":
+        return scores
+    left = kept.nonzero().squeeze(1)
+    if ranking == "normalised":
+        mean = scores[left].mean() if len(left) else scores.new_ones(())
+        return scores / mean if mean else scores
+    order = left[torch.sort(torch.where(scores.isnan(), -math.inf, scores)[left], stable=True).indices]
+    gone = torch.zeros_like(scores)
+    gone[order] = (torch.arange(1, len(left) + 1, dtype=scores.dtype) + (first - len(left))) / first
+    return gone
 
 
 @dataclass(frozen=True)

@@ -5,53 +5,39 @@ Every method is this class with another :class:`~chase_fx.sparse.recipe.Recipe`;
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from chase_fx.errors import ArgumentError, NothingToPruneError
+from chase_fx.sparse import distributed
 from chase_fx.sparse import distribution as distributions
 from chase_fx.sparse.channels import ChannelRule, ChannelState
-from chase_fx.sparse.check import check_count, check_share
+from chase_fx.sparse.check import check_choice, check_count, check_share
+from chase_fx.sparse.checkpoint import Stateful, save_run
 from chase_fx.sparse.masks import Choice, SparseWeights, maskable
 from chase_fx.sparse.optim import require_held
+from chase_fx.sparse.ranking import RANKINGS, Ranking
 from chase_fx.sparse.recipe import Counts, Recipe
+from chase_fx.sparse.restore import Restore
 from chase_fx.sparse.schedule import Refill, Targets, interval_for
 from chase_fx.sparse.shrink import shrink_in_place
 from chase_fx.sparse.state import RunState
 from chase_fx.sparse.structure import ChannelsLike, Rewrite, Shrinker, provided
-from chase_fx.sparse.unit_score import UnitScore
+from chase_fx.sparse.unit_cost import Flops, UnitCost
+from chase_fx.sparse.unit_cost import resolve as resolve_cost
+from chase_fx.sparse.unit_score import Activation, UnitScore
 from chase_fx.sparse.unit_score import resolve as resolve_score
+from chase_fx.sparse.watch import Watch
 
-__all__ = ["Common", "Options", "SparseTrainer"]
-
-
-class Options(TypedDict, total=False):
-    """Options that every method takes; :class:`SparseTrainer` says what they mean."""
-
-    channel_interval: int | None
-    channels_until: float | None
-    channel_score: str | UnitScore
-    round_to: int
-    live_shrink: bool
-    refill: float
-    seed: int
-    channels: ChannelsLike | None
-    rewrite: Rewrite | None
-    shrink: Shrinker | None
-    parameters: Choice
-    embeddings: bool
-
-
-class Common(Options, total=False):
-    """Those, and the two that Chase has defaults of its own for."""
-
-    channel_sparsity: float
-    beta: float
+__all__ = ["SparseTrainer"]
 
 
 class SparseTrainer:
@@ -61,9 +47,12 @@ class SparseTrainer:
     be there in ``trainer.step()``, where they serve as the dense gradients of update steps. Build the trainer before
     any state is loaded: it draws its first masks, and zeroes the weights outside, at once.
 
+    With several processes, build it alike on each. Give it the DistributedDataParallel wrapper, which live shrink then
+    rebuilds in place; a module without one must have its gradients averaged by the caller before ``optimizer.step()``.
+
     Args:
         module: what is trained; any module where no channels go, else a traced one (or give ``channels`` and
-            ``rewrite``).
+            ``rewrite``). It may be wrapped in DistributedDataParallel or ``torch.compile``.
         optimizer: holds the module's parameters; any optimizer, its state is recognised by shape.
         recipe: the method.
         total_steps: length of the run in optimizer steps; all schedules are stretched over it.
@@ -73,6 +62,10 @@ class SparseTrainer:
         channel_interval: steps between channel events; ``None``: 1000, or total_steps / 25 in a shorter run.
         channels_until: share of the run after which the channel set is final; ``None``: 0.8, or 0.5 with ``refill``.
         channel_score: name or function, see :mod:`chase_fx.sparse.unit_score`.
+        channel_cost: "parameters" or "flops" ranks by score per parameter or multiplication saved; or a function, see
+            :mod:`chase_fx.sparse.unit_cost`.
+        channel_ranking: "global" compares the scores of all groups, "normalised" relative to their group's mean,
+            "group" takes the same share of each group.
         round_to: groups keep multiples of this many units where they start with one.
         live_shrink: cut removed channels off during training, not only at the end.
         refill: share of the empty places in the kept channels that is filled up again once the channel set is final.
@@ -87,7 +80,10 @@ class SparseTrainer:
         ArgumentError: a value that no run could honour.
         NothingToPruneError: no weights to mask, or channels to remove but none that can go.
         OptimizerMismatchError: the optimizer does not hold the module's weights.
+        RanksDisagreeError: the processes of the run were built differently.
     """
+
+    restore = Restore()
 
     def __init__(
         self,
@@ -102,6 +98,8 @@ class SparseTrainer:
         channel_interval: int | None = None,
         channels_until: float | None = None,
         channel_score: str | UnitScore = "umm",
+        channel_cost: str | UnitCost | None = None,
+        channel_ranking: Ranking = "global",
         round_to: int = 1,
         live_shrink: bool = False,
         refill: float = 0.0,
@@ -119,8 +117,12 @@ class SparseTrainer:
         check_count("total_steps", total_steps)
         check_count("round_to", round_to)
         check_count("channel_interval", channel_interval)
+        check_choice("channel_ranking", channel_ranking, RANKINGS)
         until = channels_until if channels_until is not None else (0.5 if refill else 0.8)
         check_share("channels_until", until, closed=True)
+        module, ddp = distributed.unwrap(module)
+        distributed.refuse_sharded(module)
+        self._wrappers = [ddp] if ddp is not None else []
         self.module, self.optimizer, self.recipe = module, optimizer, recipe
         self.total_steps, self.sparsity, self.channel_sparsity = total_steps, sparsity, channel_sparsity
         self._weights = SparseWeights(maskable(module, parameters, embeddings=embeddings), optimizer)
@@ -131,8 +133,10 @@ class SparseTrainer:
             interval=channel_interval or interval_for(total_steps, 1000, 25),
             end=max(1, round(until * total_steps)),
             beta=beta,
-            score=resolve_score(channel_score),
+            score=resolve_score(channel_score, seed),
             round_to=round_to,
+            cost=resolve_cost(channel_cost),
+            ranking=channel_ranking,
         )
         self._channels = ChannelState(self._groups(), module, rule)
         touched = {
@@ -147,6 +151,14 @@ class SparseTrainer:
             raise NothingToPruneError(msg)
         self._live_shrink = live_shrink and bool(channel_sparsity)
         self._followers: list[nn.Module] = []
+        self._watch = self._watch_for(rule)
+        self._schedule = recipe.schedule
+        if refill:
+            start = rule.end if channel_sparsity else max(1, total_steps // 2)
+            interval = interval_for(total_steps, 1000, 50)
+            self._schedule = Refill(
+                recipe.schedule, 1 - sparsity, refill, interval, start, max(start, round(0.9 * total_steps))
+            )
         self._run = RunState(
             {
                 "method": recipe.name,
@@ -155,19 +167,14 @@ class SparseTrainer:
                 "channel_sparsity": channel_sparsity,
                 "live_shrink": self._live_shrink,
                 "size": self._weights.size,
+                "schedule": repr(self._schedule),
+                "channel_rule": str(rule) if channel_sparsity else "none",
             },
             self._weights,
             self._channels,
             torch.Generator().manual_seed(seed),
             self._cut if self._live_shrink else None,
         )
-        self._schedule = recipe.schedule
-        if refill:
-            start = rule.end if channel_sparsity else max(1, total_steps // 2)
-            interval = interval_for(total_steps, 1000, 50)
-            self._schedule = Refill(
-                recipe.schedule, 1 - sparsity, refill, interval, start, max(start, round(0.9 * total_steps))
-            )
         self._draw()
 
     def _find_tools(
@@ -194,23 +201,41 @@ class SparseTrainer:
             )
             raise ArgumentError(msg)
 
+    def _watch_for(self, rule: ChannelRule) -> Watch | None:
+        watching = [part for part in (rule.score, rule.cost) if isinstance(part, (Activation, Flops))]
+        if not watching or not self.channel_sparsity:
+            return None
+        watch = Watch(self.module)
+        for part in watching:
+            part.watch = watch
+        return watch
+
     def _groups(self) -> Any:
         return self.channels.groups if self.channels is not None and self.channel_sparsity else ()
 
     @torch.no_grad()
     def _draw(self) -> None:
         """The initial masks, and the update that the recipe wants before the first step."""
-        weights, recipe = self._weights, self.recipe
+        weights, recipe, generator = self._weights, self.recipe, self._run.generator
+        shapes = [list(parameter.shape) for parameter in self.module.parameters()]
+        slopes = weights.has_gradients if recipe.at_start is not None else None
+        distributed.agree("settings or modules", (), dict(self._run.identity), weights.names, shapes, slopes)
+        state = generator.get_state()
+        distributed.broadcast([state])
+        generator.set_state(state)
         sizes = weights.capacities()
         budget = distributions.dense_count(sizes, recipe.density)
         counts = recipe.update.start(weights.shapes, recipe.distribution(weights.shapes, budget))
         for mask, count in zip(weights.masks, counts, strict=True):
             if count < mask.numel():
-                mask.copy_(recipe.update.draw(mask.shape, count, self._run.generator))
+                mask.copy_(recipe.update.draw(mask.shape, count, generator))
+        distributed.broadcast(weights.masks)
         self._run.budget = weights.nnz
         weights.apply()
         if recipe.at_start is not None and weights.has_gradients:
+            self._average_gradients()
             self._update(recipe.at_start)
+        self._arm()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -219,6 +244,12 @@ class SparseTrainer:
         step, weights = self._run.step, self._weights
         weights.apply()
         targets, share = self._schedule.at(step), self._channels.rule.at(step)
+        if targets is None and share is None:
+            self._arm()
+            return
+        self._average_gradients()
+        if share is not None and self._watch is not None:
+            self._watch.collect()
         removed = share is not None and self._channels.event(step, share, weights)
         if removed:
             weights.apply()
@@ -228,14 +259,48 @@ class SparseTrainer:
             self._update(targets)
         elif removed:
             self._update(Targets(self._run.budget / weights.size))
+        self._agree()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Record the forward passes of the next step where its channel event needs them."""
+        if self._watch is not None:
+            self._watch.arm(self._channels.rule.at(self._run.step + 1) is not None)
+
+    def _average_gradients(self) -> None:
+        if not self._wrappers:  # DDP has averaged them
+            distributed.average_gradients([p for p in self.module.parameters() if p.requires_grad])
+
+    def _agree(self) -> None:
+        run, tensors = self._run, [*self._weights.masks, *self._channels.kept.values()]
+        distributed.agree(f"masks at step {run.step}", [*tensors, run.generator.get_state()], run.step, run.budget)
 
     def _cut(self) -> None:
         assert self._shrink is not None, "live shrink without a shrinker is refused when the trainer is built"
         shrink_in_place(self.module, self._weights, self._channels, self._shrink, self._followers)
+        for wrapper in self._wrappers:
+            distributed.rebuild(wrapper)
 
-    def follow(self, copy: nn.Module) -> None:
-        """Let live shrink cut ``copy`` too: a module with the same parameter names, e.g. ``AveragedModel.module``."""
-        self._followers.append(copy)
+    def follow(self, other: nn.Module) -> None:
+        """Let live shrink take ``other`` along.
+
+        Args:
+            other: an AveragedModel or any copy with the same parameter names, which is cut alike; or a
+                DistributedDataParallel around the module that the trainer was built on, which is rebuilt in place.
+
+        Raises:
+            ArgumentError: a wrapper around another module.
+        """
+        if not isinstance(other, DistributedDataParallel):
+            self._followers.append(other.module if isinstance(other, AveragedModel) else other)
+        elif other.module is self.module:
+            self._wrappers.append(other)
+        else:
+            msg = (
+                f"follow() was given a DistributedDataParallel around another {type(other.module).__name__} than the "
+                f"one that is trained; wrap trainer.module"
+            )
+            raise ArgumentError(msg)
 
     def _update(self, targets: Targets) -> None:
         weights = self._weights
@@ -258,6 +323,8 @@ class SparseTrainer:
             copy. The module itself where nothing can cut it, or where live shrink has cut it already.
         """
         self._weights.apply()
+        if self._watch is not None:
+            self._watch.remove()
         if self._rewrite is None or self._live_shrink:
             return self.module
         channels = self.channels
@@ -320,5 +387,26 @@ class SparseTrainer:
 
         Raises:
             CheckpointError: the state belongs to another method, module or budget.
+            RanksDisagreeError: the processes of the run load different states.
         """
         self._run.unpack(state)
+        self._agree()
+        self._arm()
+
+    def save(self, path: str | os.PathLike[str], **others: Stateful) -> None:
+        """Write a checkpoint of the whole run: module, optimizer, masks, schedule, channel history, random generators.
+
+        One safetensors file with JSON in its header, written all or nothing; the file that was at ``path`` becomes
+        ``<path>.previous``. With several processes call it on every rank: rank 0 writes, all wait. Save after
+        :meth:`step` and ``scheduler.step()``; gradients are not stored.
+
+        Args:
+            path: the file.
+            others: what else the run needs, by names of your choice: ``scheduler=``, ``scaler=``, ``average=``... Any
+                object with ``state_dict`` and ``load_state_dict`` made of tensors, numbers, strings and containers.
+
+        Raises:
+            ArgumentError: a state holds something else.
+            CheckpointError: rank 0 could not write the file.
+        """
+        save_run(path, self, self.module, self.optimizer, others)

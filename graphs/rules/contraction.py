@@ -51,7 +51,7 @@ def convolution(op: LabelledOp) -> Labels | Refusal:
 def _grouped(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, transposed: bool) -> Axis:
     """Groups x channels in a group, one joint choice for both sides of the weight."""
     if transposed:
-        group, inner = op.split(w[0], groups, w[0].size // groups)
+        group, _ = op.split(w[0], groups, w[0].size // groups)
         out: Axis = Prod((group, w[1]))
         op.tie(x_axis, w[0])
     else:

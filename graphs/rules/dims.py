@@ -13,9 +13,9 @@ __all__ = ["reduced_dims", "reduced_labels"]
 def reduced_dims(slot: Slot, dims: int | Sequence[int] | None) -> list[int]:
     """A ``dim`` argument as non-negative dims of ``slot``; none given means all of them."""
     n = len(slot.shape)
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
-        return list(range(n))
-    return [int(d) % n for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    if isinstance(dims, int):
+        return [int(dims) % n]
+    return [int(d) % n for d in dims] if dims else list(range(n))
 
 
 def reduced_labels(op: LabelledOp, slot: Slot, dims: Sequence[int]) -> Labels:

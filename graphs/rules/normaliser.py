@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
+from chase_fx.graphs.tape import Slot
 
 __all__ = ["average", "batch_norm", "extreme", "group_norm", "layer_norm", "ordered", "rms_norm", "softmax"]
 
@@ -37,13 +38,13 @@ def rms_norm(op: LabelledOp) -> Sequence[Labels]:
 
 
 def _over_last_dims(
-    op: LabelledOp, shape: Sequence[int], weights: Sequence[object], labels: Labels
+    op: LabelledOp, shape: Sequence[int], weights: Sequence[Slot | None], labels: Labels
 ) -> Sequence[Labels]:
     x = op.arg(0, "input")
     n = len(shape)
     for w in weights:
         if w is not None:
-            for a, b in zip(labels[-n:], op[w], strict=True):  # type: ignore[index]
+            for a, b in zip(labels[-n:], op[w], strict=True):
                 op.tie(a, b)
     for d in range(len(labels) - n, len(labels)):
         op.reduce(x, d)

@@ -1,0 +1,223 @@
+"""Translation of Python values to FX: which node computes a tensor, and what a value looks like as an argument.
+
+Inputs become placeholders, parameters, buffers and constants ``get_attr`` nodes, sizes the nodes of live numbers;
+containers are rebuilt around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from chase_fx.errors import CaptureError
+from chase_fx.graphs.live import is_live
+from chase_fx.graphs.source import source_line
+from chase_fx.graphs.tape import Tape
+from chase_fx.graphs.trees import holds_tensor
+
+__all__ = ["NO_DEFAULT", "Arguments"]
+
+NO_DEFAULT = object()  # an input without a default value
+
+# Arguments of these types are written as they are.
+_PLAIN = frozenset(
+    {type(None), bool, int, float, str, complex, torch.dtype, torch.layout, torch.memory_format, range}
+)  # fmt: skip
+
+
+class Arguments:
+    """The FX side of every value of one forward.
+
+    Attributes:
+        constants: tensors that the forward uses without computing or registering them, by the name of their buffer.
+    """
+
+    def __init__(self, root: nn.Module, graph: Graph, tape: Tape, device: torch.device | None) -> None:
+        self.graph = graph
+        self.tape = tape
+        self.device = device
+        self.constants: dict[str, torch.Tensor] = {}
+        self._nodes: dict[int, Node] = {}
+        self._alive: list[torch.Tensor] = []
+        self._state: dict[int, str] = {}
+        self._device_node: Node | None = None
+        self._first_input: Node | None = None
+        for kind, items in (("parameter", root.named_parameters), ("buffer", root.named_buffers)):
+            for name, tensor in items(remove_duplicate=False):
+                if id(tensor) not in self._state:
+                    self._state[id(tensor)] = name
+                    tape.add(tensor, kind, name)
+
+    # -- values to arguments ------------------------------------------------------------------------------------------
+
+    def to_fx(self, value: Any) -> Any:
+        """``value`` as an FX argument: tensors and live numbers become nodes."""
+        if isinstance(value, torch.Tensor):
+            return self.node_of(value)
+        if type(value) in _PLAIN:
+            return value
+        if is_live(value):
+            return value.node()
+        if isinstance(value, (tuple, list)):
+            items = [self.to_fx(v) for v in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {k: self.to_fx(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(self.to_fx(value.start), self.to_fx(value.stop), self.to_fx(value.step))
+        return self._leaf_to_fx(value)
+
+    def _leaf_to_fx(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return self._device(value)
+        if isinstance(value, (np.integer, np.floating, np.bool_)):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            return self.node_of(torch.from_numpy(value))
+        if isinstance(value, int) and not isinstance(value, enum.Enum):
+            return int(value)
+        if isinstance(value, torch.Generator):
+            raise CaptureError(f"a torch.Generator is passed to an operation at {source_line()}; graphs can't hold one")
+        return value  # enums, functions, Ellipsis...
+
+    def output_to_fx(self, value: Any) -> Any:
+        """The forward's result as an FX argument; containers are rebuilt by their own class."""
+        if isinstance(value, dict):
+            items = {k: self.output_to_fx(v) for k, v in value.items()}
+            return items if type(value) is dict else self._rebuild_mapping(type(value), items)
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            elements = [self.output_to_fx(v) for v in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*elements)
+            return elements if isinstance(value, list) else tuple(elements)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: self.output_to_fx(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return self._construct(type(value), (), fields)
+        return self.to_fx(value)
+
+    def _rebuild_mapping(self, cls: type, items: Mapping[Any, Any]) -> Node:
+        if dataclasses.is_dataclass(cls):  # the outputs of transformers are both
+            return self._construct(cls, (), dict(items))
+        return self._construct(cls, (items,), {})
+
+    def _construct(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        node = self.graph.call_function(cls, args, kwargs)
+        node.meta["source"] = ""
+        return node
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], *, plain: bool = False, method: str = "") -> Node:
+        """Write ``fn(*args)``; with ``plain`` the arguments are FX arguments already."""
+        fx_args = args if plain else self.to_fx(args)
+        node = self.graph.call_method(method, fx_args) if method else self.graph.call_function(fn, fx_args)
+        node.meta["source"] = ""
+        return node
+
+    def bind(self, value: Any, node: Node) -> None:
+        """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""
+        if isinstance(value, torch.Tensor):
+            self._tie(value, node)
+            node.meta["slot"] = self.tape.slot_of(value)
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                if holds_tensor(item):
+                    self.bind(item, self.call(operator.getitem, (node, i), plain=True))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if holds_tensor(item):
+                    self.bind(item, self.call(operator.getitem, (node, key), plain=True))
+        elif dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                if holds_tensor(getattr(value, f.name)):
+                    self.bind(getattr(value, f.name), self.call(getattr, (node, f.name), plain=True))
+
+    def _tie(self, tensor: torch.Tensor, node: Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def node_of(self, tensor: torch.Tensor) -> Node:
+        """The node that computes ``tensor``; a ``get_attr`` for parameters, buffers and constants."""
+        node = self._nodes.get(id(tensor))
+        if node is not None:
+            return node
+        name = self._state.get(id(tensor))
+        if name is None:
+            name = self._constant(tensor)
+        # FX wants targets that exist on the owning module; they do by the time a GraphModule is made.
+        node = self.graph.create_node("get_attr", name, (), {})
+        node.meta["slot"] = self.tape.slot_of(tensor)
+        node.meta["source"] = ""
+        self._tie(tensor, node)
+        return node
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        known = self.tape.find(tensor)
+        made_here = known is not None and any(known in op.outs for op in reversed(self.tape.ops))
+        lifted = (
+            made_here
+            and known is not None
+            and all(op.op is torch.ops.aten.lift_fresh.default for op in self.tape.ops if known in op.outs)
+        )
+        if (made_here and not lifted) or tensor.grad_fn is not None:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "
+                "API (torch.jit.script, vmap, or a cache of an earlier forward), so its origin can't be captured; "
+                "compute it with torch operations inside forward, or register it as a buffer"
+            )
+        name = f"_chase_constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        self._state[id(tensor)] = name
+        slot = self.tape.slot_of(tensor)
+        slot.kind, slot.name = "constant", name
+        return name
+
+    def _device(self, value: torch.device) -> Any:
+        """A device is read from an input, so that the graph still works after ``.to()``."""
+        if self.device is None or torch.device(value) != self.device or self._first_input is None:
+            return value
+        if self._device_node is None:
+            with self.graph.inserting_after(self._first_input):
+                self._device_node = self.graph.call_function(getattr, (self._first_input, "device"))
+            self._device_node.meta["source"] = ""
+        return self._device_node
+
+    # -- inputs -------------------------------------------------------------------------------------------------------
+
+    def add_input(self, name: str, default: Any) -> Node:
+        """A placeholder for one parameter of the forward's signature."""
+        args = () if default is NO_DEFAULT else (default,)
+        node = self.graph.create_node("placeholder", name, args, {})
+        node.meta["source"] = ""
+        return node
+
+    def bind_input(self, value: Any, node: Node, path: str, guard: Callable[..., Any]) -> None:
+        """Tie the tensors inside ``value`` to ``node``; other leaves are guarded: the graph is specialised to them."""
+        if isinstance(value, torch.Tensor):
+            slot = self.tape.add(value, "input", path)
+            self._tie(value, node)
+            node.meta["slot"] = slot
+            if self._first_input is None:
+                self._first_input = node
+        elif isinstance(value, (tuple, list)) and value:
+            for i, item in enumerate(value):
+                self.bind_input(item, self.call(operator.getitem, (node, i), plain=True), f"{path}[{i}]", guard)
+        elif isinstance(value, dict) and value:
+            for key, item in value.items():
+                self.bind_input(item, self.call(operator.getitem, (node, key), plain=True), f"{path}[{key!r}]", guard)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for f in dataclasses.fields(value):
+                item = getattr(value, f.name)
+                self.bind_input(item, self.call(getattr, (node, f.name), plain=True), f"{path}.{f.name}", guard)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            self.call(guard, (node, value, path), plain=True)
