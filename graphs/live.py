@@ -38,6 +38,7 @@ class _Live:
         """The FX node whose value is this number."""
         if self._node is None:
             self._node = self._build()
+            self._node.meta["value"] = self.__copy__()  # what a rewrite takes for it on dims that are no batch or space
         return self._node
 
     def __reduce__(self) -> Any:

@@ -10,12 +10,12 @@ from torch.fx import Graph, Node
 
 from chase_fx.graphs.tape import Tape
 
-__all__ = ["FLAG", "merge", "select", "share_constants"]
+__all__ = ["FLAG", "by_mode", "merge", "share_constants"]
 
 FLAG = "_chase_training"  # the module that gives the mode
 
 
-def select(training: bool, in_train: Any, in_eval: Any) -> Any:
+def by_mode(training: bool, in_train: Any, in_eval: Any) -> Any:
     """The constant that belongs to the module's mode."""
     return in_train if training else in_eval
 
@@ -87,7 +87,7 @@ def _place(graph: Graph, flag: Node, value: Any) -> Any:
     if isinstance(value, _Choice):
         if value.in_train is True and value.in_eval is False:
             return flag
-        node = graph.call_function(select, (flag, value.in_train, value.in_eval))
+        node = graph.call_function(by_mode, (flag, value.in_train, value.in_eval))
         node.meta["source"] = ""
         return node
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -120,7 +120,11 @@ def _read_indices(name: str, kept: list[list[int] | None], shape: tuple[int, ...
         raise CheckpointError(f"plan of {name}: {len(kept)} dims for shape {shape}")
     for indices, n in zip(kept, shape, strict=True):
         if indices is not None and (
-            not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= n
+            not indices
+            or any(type(i) is not int for i in indices)
+            or indices != sorted(set(indices))
+            or indices[0] < 0
+            or indices[-1] >= n
         ):
             raise CheckpointError(f"plan of {name}: kept indices must be non-empty, ascending and below {n}")
     return tuple(None if k is None else torch.tensor(k, dtype=torch.long) for k in kept)

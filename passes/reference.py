@@ -114,13 +114,14 @@ class _MaskedCalls(TorchDispatchMode):
     def _over_kept(self, func: Any, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator on kept indices of the reduced dims; other indices of its outputs keep dense values."""
         ref = self.reference
-        dims = {d for _, d in facts.reduced}
-        x = facts.reduced[0][0]
+        dims: dict[int, list[int]] = {}
+        for slot, d in facts.reduced:
+            dims.setdefault(slot.index, []).append(d)
 
         def compress(value: Any, slot: Any) -> Any:
             if not (isinstance(value, torch.Tensor) and isinstance(slot, Slot)):
                 return value
-            for d in dims if slot is x else range(value.dim()):
+            for d in dims.get(slot.index, ()):
                 mask = ref.keep(slot, d)
                 if mask is not None:
                     value = value.index_select(d, torch.from_numpy(np.flatnonzero(mask)).to(value.device))

@@ -145,38 +145,16 @@ def _bounds(site: CallSite, size: int) -> list[int]:
     sections = site.node.kwargs.get("indices_or_sections", sections)
     if len(site.node.args) > 1:
         sections = site.node.args[1]
-    if isinstance(sections, Node) or (
-        isinstance(sections, (list, tuple)) and any(isinstance(s, Node) for s in sections)
-    ):
-        pieces = [g for g in site.node.users if _name(g) == "getitem"]
-        return _bounds_of_pieces(site, pieces, size)
-    if name == "tensor_split":
-        if isinstance(sections, int):
-            q, r = divmod(size, sections)
-            lengths = [q + (i < r) for i in range(sections)]
-            return [sum(lengths[:i]) for i in range(sections + 1)]
-        return [0, *sections, size]
     if isinstance(sections, (list, tuple)):
-        return [sum(sections[:i]) for i in range(len(sections) + 1)]
-    step = -(-size // sections) if "chunk" in name else sections
+        sections = [_value(site, s) for s in sections]
+        return [0, *sections, size] if name == "tensor_split" else [sum(sections[:i]) for i in range(len(sections) + 1)]
+    count = int(_value(site, sections))
+    if name == "tensor_split":
+        q, r = divmod(size, count)
+        lengths = [q + (i < r) for i in range(count)]
+        return [sum(lengths[:i]) for i in range(count + 1)]
+    step = -(-size // count) if "chunk" in name else count
     return [*range(0, size, step), size]
-
-
-def _bounds_of_pieces(site: CallSite, pieces: Sequence[Node], size: int) -> list[int]:
-    # Computed section sizes: what each piece measured when the graph was captured tells them.
-    lengths: dict[int, int] = {}
-    for piece in pieces:
-        dim = site.arg(2, "dim", 0) % len(site.label(piece))
-        index: Any = piece.args[1]
-        lengths[index] = site.label(piece)[dim].size
-    bounds = [0]
-    for i in range(len(lengths)):
-        if i not in lengths:
-            break
-        bounds.append(bounds[-1] + lengths[i])
-    if bounds[-1] != size:
-        raise RewriteError(f"{site.where()}: a live dim of {size} is split at computed places")
-    return bounds
 
 
 def _getitem(site: CallSite) -> None:
@@ -210,10 +188,10 @@ def _consumes(item: Any) -> int:
 
 
 def _place(site: CallSite, item: Any, axis: Axis) -> Any:
-    if not site.counts.live(axis) or isinstance(item, (Node, list)):
+    if not site.counts.live(axis) or isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
         return item
-    if isinstance(item, int):
-        return site.counts.before(axis, item % axis.size)
+    if isinstance(item, (int, Node)):
+        return site.counts.before(axis, _value(site, item) % axis.size)
     if isinstance(item, slice):
         return _slice(site, item, axis)
     raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
@@ -222,25 +200,20 @@ def _place(site: CallSite, item: Any, axis: Axis) -> Any:
 def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
     if item.step not in (None, 1):
         return slice(item.start, None, item.step)  # rows of ``step`` stay whole, so the same place is taken of each
-    if isinstance(item.start, Node) or isinstance(item.stop, Node):
-        return _computed_slice(site, item, axis)
-    start, stop, _ = item.indices(axis.size)
-    new_start = None if item.start is None else site.counts.before(axis, start)
-    new_stop = None if item.stop is None else site.counts.before(axis, max(start, stop))
+    bounds = slice(_value(site, item.start), _value(site, item.stop), item.step)
+    start, stop, _ = bounds.indices(axis.size)
+    new_start = None if bounds.start is None else site.counts.before(axis, start)
+    new_stop = None if bounds.stop is None else site.counts.before(axis, max(start, stop))
     return slice(new_start, new_stop, item.step)
 
 
-def _computed_slice(site: CallSite, item: slice, axis: Axis) -> slice:
-    labels = site.labels(site.node)
-    place = [d for d, a in enumerate(labels or ()) if site.counts.live(a) or a.size != axis.size]
-    if len(place) != 1 or labels is None:
-        raise RewriteError(f"{site.where()}: a live dim of {axis.size} is sliced at computed places")
-    length = labels[place[0]].size
-    if item.start in (None, 0):
-        return slice(item.start, site.counts.before(axis, length), None)
-    if item.stop is None:
-        return slice(site.counts.before(axis, axis.size - length), None, None)
-    raise RewriteError(f"{site.where()}: a live dim of {axis.size} is sliced at computed places")
+def _value(site: CallSite, number: Any) -> Any:
+    """A number, or what a computed one was in the capture: on a dim of channels it is the same in every call."""
+    if not isinstance(number, Node):
+        return number
+    if "value" not in number.meta:
+        raise RewriteError(f"{site.where()}: a live dim is addressed by '{number.name}', which is no size")
+    return number.meta["value"]
 
 
 def _narrow(site: CallSite) -> None:
@@ -248,7 +221,7 @@ def _narrow(site: CallSite) -> None:
     labels = site.label(x)
     axis = labels[dim % len(labels)]
     if site.counts.live(axis):
-        start %= axis.size
+        start, length = _value(site, start) % axis.size, _value(site, length)
         site.set(2, "start", site.counts.before(axis, start))
         site.set(3, "length", site.counts.between(axis, start, start + length))
 
@@ -258,7 +231,7 @@ def _select(site: CallSite) -> None:
     labels = site.label(x)
     axis = labels[dim % len(labels)]
     if site.counts.live(axis):
-        site.set(2, "index", site.counts.before(axis, index % axis.size))
+        site.set(2, "index", site.counts.before(axis, _value(site, index) % axis.size))
 
 
 def _unflatten(site: CallSite) -> None:

@@ -93,6 +93,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (lookup.index_select, "index_select"),
     (lookup.gather, "gather"),
     (lookup.index, "index _unsafe_index"),
+    (lookup.index_put, "index_put _index_put_impl _unsafe_index_put"),
+    (lookup.index_add, "index_add index_copy"),
+    (lookup.scatter, "scatter scatter_add scatter_reduce"),
     # spatial
     (spatial.over_last(1), "avg_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d"),
     (spatial.over_last(1), "upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d"),

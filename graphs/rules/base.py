@@ -73,6 +73,13 @@ class LabelledOp:
         """Argument ``index`` of the schema, whichever way it was passed."""
         return self.op.arg(index, name, default)
 
+    def named(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the schema, for operators whose overloads place it differently."""
+        for i, argument in enumerate(self.op.op._schema.arguments):
+            if argument.name == name:
+                return self.op.arg(i, name, default)
+        return default
+
     @property
     def out(self) -> Slot:
         """The first output."""

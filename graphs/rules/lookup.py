@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 
-__all__ = ["embedding", "gather", "index", "index_select", "masked_fill"]
+__all__ = ["embedding", "gather", "index", "index_add", "index_put", "index_select", "masked_fill", "scatter"]
 
 
 def embedding(op: LabelledOp) -> Labels:
@@ -74,9 +74,10 @@ def index(op: LabelledOp) -> Labels | Refusal:
         broadcast = _align(op, broadcast, list(op[slot]))
         d += width
     kept += [(k, labels[k]) for k in range(d, len(labels))]
-    inserted = len(op.out.shape) - len(kept)
-    if masked or inserted != len(broadcast):
-        broadcast = [op.fixed(n, "looked up") for n in _middle(op, kept, indexed, inserted)]
+    if masked:
+        inserted = 1 if op.name.endswith("put") or op.name.endswith("put_") else len(op.out.shape) - len(kept)
+        sizes = (1,) * inserted if "put" in op.name else _middle(op, kept, indexed, inserted)
+        broadcast = [op.fixed(n, "looked up") for n in sizes]
     adjacent = not indexed or indexed[-1] - indexed[0] + 1 == len(indexed)
     at = sum(1 for k, _ in kept if adjacent and indexed and k < indexed[0])
     axes = [axis for _, axis in kept]
@@ -109,4 +110,52 @@ def masked_fill(op: LabelledOp) -> Labels:
         for back in range(1, min(len(slot.shape), len(x.shape)) + 1):
             if slot is not x and slot.shape[-back] == x.shape[-back]:
                 op.tie(op[x][-back], op[slot][-back])
+    return op[x]
+
+
+def scatter(op: LabelledOp) -> Labels:
+    """``scatter(x, dim, index, src)``, ``scatter_add``, ``scatter_reduce``: the written dim is frozen."""
+    x, dim = op.arg(0, "self"), int(op.arg(1, "dim"))
+    if not op[x]:
+        return op[x]
+    d = dim % len(x.shape)
+    op.freeze(op[x][d], "written by index")
+    for slot in op.op.inputs():
+        if slot is x or len(slot.shape) != len(x.shape):
+            continue
+        for k, (a, b) in enumerate(zip(op[x], op[slot], strict=True)):
+            if k == d:
+                op.freeze(b, "written by index")
+            elif a.size == b.size:
+                op.tie(a, b)
+            else:
+                op.freeze(a, "partly written")
+                op.freeze(b, "partly written")
+    return op[x]
+
+
+def index_add(op: LabelledOp) -> Labels:
+    """``index_add(x, dim, index, source)``, ``index_copy``: the written dim is frozen, the others pass."""
+    x, dim, source = op.arg(0, "self"), int(op.arg(1, "dim")), op.arg(3, "source")
+    d = dim % len(x.shape)
+    for k, (a, b) in enumerate(zip(op[x], op[source], strict=True)):
+        if k == d:
+            op.freeze(a, "written by index")
+            op.freeze(b, "written by index")
+        else:
+            op.tie(a, b)
+    for axis in op[op.arg(2, "index")]:
+        op.freeze(axis, "an index")
+    return op[x]
+
+
+def index_put(op: LabelledOp) -> Labels | Refusal:
+    """``x[i, :, j] = values``: indexed dims are frozen, the others are those of the values."""
+    x, values = op.arg(0, "self"), op.arg(2, "values")
+    found = index(op)
+    if isinstance(found, Refusal):
+        return found
+    for back in range(1, min(len(found), len(values.shape)) + 1):
+        if found[-back].size == values.shape[-back]:
+            op.tie(found[-back], op[values][-back])
     return op[x]

@@ -12,8 +12,15 @@ __all__ = ["average", "batch_norm", "extreme", "group_norm", "layer_norm", "orde
 
 
 def batch_norm(op: LabelledOp) -> Sequence[Labels]:
-    """x: (N, C, *s) with C statistics, weights and biases -> the same; statistics per channel."""
+    """x: (N, C, *s) with C statistics, weights and biases -> the same; statistics per channel.
+
+    With batch statistics every other dim is reduced (weight standardisation calls it on a weight).
+    """
     x = op.arg(0, "input")
+    if op.named("training", False):
+        for d in range(len(x.shape)):
+            if d != 1:
+                op.reduce(x, d)
     channels = op[x][1]
     for slot in op.op.inputs():
         if slot is not x and slot.shape == (x.shape[1],):
@@ -46,6 +53,8 @@ def _over_last_dims(
         if w is not None:
             for a, b in zip(labels[-n:], op[w], strict=True):
                 op.tie(a, b)
+            for d in range(n):
+                op.reduce(w, d)  # type: ignore[arg-type]
     for d in range(len(labels) - n, len(labels)):
         op.reduce(x, d)
     outs = [labels]
@@ -68,6 +77,7 @@ def group_norm(op: LabelledOp) -> Sequence[Labels]:
     for slot in (w, b):
         if slot is not None:
             op.tie(channels, op[slot][0])
+            op.reduce(slot, 0)
     op.reduce(x, 1)
     statistics = (op[x][0], group)
     return [op[x], *(statistics[: len(out.shape)] for out in op.op.outs[1:])]
