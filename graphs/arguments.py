@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.live import is_live
+from chase_fx.graphs.opaque import Rebuild, strip
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import holds_tensor
@@ -45,6 +46,10 @@ class Arguments:
         self.tape = tape
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
+        self.rebuilds: dict[str, Rebuild] = {}
+        self.no_grad = False
+        self._detached: dict[Node, Node] = {}
+        self._trainable = {name for name, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._nodes: dict[int, Node] = {}
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
@@ -103,7 +108,20 @@ class Arguments:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: self.output_to_fx(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
             return self._construct(type(value), (), fields)
-        return self.to_fx(value)
+        if isinstance(value, torch.Tensor) or is_live(value) or not hasattr(value, "__dict__"):
+            return self.to_fx(value)
+        return self._rebuild_object(value)
+
+    def _rebuild_object(self, value: Any) -> Any:
+        template, tensors = strip(value)
+        if not tensors:
+            return value if isinstance(value, enum.Enum) else None
+        name = f"_chase_rebuild_{len(self.rebuilds)}"
+        self.rebuilds[name] = Rebuild(template)
+        # The module is not there yet for FX to check: it is added to the root when the capture is complete.
+        node = self.graph.create_node("call_module", name, tuple(map(self.node_of, tensors)), {})
+        node.meta["source"] = ""
+        return node
 
     def _rebuild_mapping(self, cls: type, items: Mapping[Any, Any]) -> Node:
         if dataclasses.is_dataclass(cls):  # the outputs of transformers are both
@@ -127,7 +145,9 @@ class Arguments:
     def bind(self, value: Any, node: Node) -> None:
         """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""
         if isinstance(value, torch.Tensor):
-            self._tie(value, node)
+            written = self.no_grad and node.meta.get("in_place") and id(value) in self._nodes
+            if not written:  # a write without gradients does not cut the tensor off from its own
+                self._tie(value, node)
             node.meta["slot"] = self.tape.slot_of(value)
         elif isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
@@ -150,7 +170,7 @@ class Arguments:
         """The node that computes ``tensor``; a ``get_attr`` for parameters, buffers and constants."""
         node = self._nodes.get(id(tensor))
         if node is not None:
-            return node
+            return self._without_grad(node) if self.no_grad else node
         name = self._state.get(id(tensor))
         if name is None:
             name = self._constant(tensor)
@@ -158,8 +178,24 @@ class Arguments:
         node = self.graph.create_node("get_attr", name, (), {})
         node.meta["slot"] = self.tape.slot_of(tensor)
         node.meta["source"] = ""
+        node.meta["grad"] = name in self._trainable
         self._tie(tensor, node)
-        return node
+        return self._without_grad(node) if self.no_grad else node
+
+    def enter_grad_mode(self, *, enabled: bool) -> None:
+        """From here on the forward runs with gradients enabled or disabled."""
+        self.no_grad = not enabled
+        self._detached = {}
+
+    def _without_grad(self, node: Node) -> Node:
+        """What enters a ``no_grad`` region is detached, so nothing in the region needs to know of it."""
+        if not _may_need_grad(node):
+            return node
+        if node not in self._detached:
+            alias = self.graph.call_method("detach", (node,))
+            alias.meta.update(source="", grad=False, slot=node.meta.get("slot"))
+            self._detached[node] = alias
+        return self._detached[node]
 
     def _constant(self, tensor: torch.Tensor) -> str:
         known = self.tape.find(tensor)
@@ -206,6 +242,7 @@ class Arguments:
         if isinstance(value, torch.Tensor):
             slot = self.tape.add(value, "input", path)
             self._tie(value, node)
+            node.meta["grad"] = value.is_floating_point() or value.is_complex()
             node.meta["slot"] = slot
             if self._first_input is None:
                 self._first_input = node
@@ -221,3 +258,10 @@ class Arguments:
                 self.bind_input(item, self.call(getattr, (node, f.name), plain=True), f"{path}.{f.name}", guard)
         elif value is None or isinstance(value, (bool, int, float, str)):
             self.call(guard, (node, value, path), plain=True)
+
+
+def _may_need_grad(node: Node) -> bool:
+    """Whether a gradient could flow through ``node``: it depends on a parameter or on an input of floats."""
+    if "grad" not in node.meta:
+        node.meta["grad"] = any(_may_need_grad(n) for n in node.all_input_nodes)
+    return bool(node.meta["grad"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,17 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
-from chase_fx.errors import ArgumentError, CaptureError, ChaseError, DeviceMismatchError, NothingToPruneError
-from chase_fx.graphs.arguments import NO_DEFAULT
+from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
-from chase_fx.graphs.trees import tensors_in
 
 __all__ = ["SpecializationWarning", "expect", "trace"]
 
@@ -75,17 +75,22 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    arguments = _as_tuple(args)
+    arguments = as_tuple(args)
     keywords = dict(kwargs or {})
-    bound = _bind(model, arguments, keywords)
-    device = _check_devices(model, (arguments, keywords))
-    root = copy.deepcopy(model)
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if device is not None and device.type == "meta" else None
+    bound = bind(model, arguments, keywords)
+    device = check_devices(model, (arguments, keywords))
+    root = _copy(model)
+    inputs = (bound, len(arguments))
+    meta = device is not None and device.type == "meta"
     modes = {id(m): m.training for m in root.modules()}
-    graph, capture, recorder = _record(root, bound, device, fake, training=False)
+    graph, capture, recorder = _record(root, inputs, device, _fake() if meta else None, training=False)
     train: tuple[Graph, Capture, Recorder] | None = None
+    train_error = None
     if recorder.reads_training:
-        train = _record(root, bound, device, fake, training=True)
+        try:
+            train = _record_train(root, inputs, device, capture, meta=meta)
+        except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
+            train_error = str(e)
     for module in root.modules():
         module.training = modes[id(module)]
     constants = dict(recorder.arguments.constants)
@@ -98,6 +103,9 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         if merge(graph, train_graph):
             root.add_module(FLAG, TrainingFlag().train(root.training))
             train_graph = None
+    for name, rebuild in recorder.arguments.rebuilds.items():
+        if name not in root._modules:
+            root.add_module(name, rebuild)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor, persistent=False)
     if recorder.specialised:
@@ -123,6 +131,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         structure=structure,
         aliases=aliases,
         constants=frozenset(constants),
+        train_error=train_error,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 
@@ -130,36 +139,6 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from root.named_parameters(remove_duplicate=False)
     yield from root.named_buffers(remove_duplicate=False)
-
-
-def _as_tuple(args: Any) -> tuple[Any, ...]:
-    if isinstance(args, tuple):
-        return args
-    return tuple(args) if isinstance(args, list) else (args,)
-
-
-def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    try:
-        return inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as e:
-        raise CaptureError(
-            f"the example inputs don't fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {e}"
-        ) from e
-
-
-def _check_devices(model: nn.Module, inputs: Any) -> torch.device | None:
-    state = list(model.parameters())
-    if not state:
-        raise NothingToPruneError(f"{type(model).__name__} has no parameters, so there is nothing to prune")
-    home = {t.device for t in state}
-    given = {t.device for t in tensors_in(inputs)}
-    # Zero-dim tensors may live anywhere; more than one home is a model split over devices, which knows its own ways.
-    if len(home) == 1 and given and not given & home:
-        raise DeviceMismatchError(
-            f"{type(model).__name__} is on {next(iter(home))} but its example inputs are on "
-            f"{', '.join(sorted(map(str, given)))}; move one of them with .to()"
-        )
-    return next(iter(home)) if len(home) == 1 else None
 
 
 @contextmanager
@@ -176,39 +155,70 @@ def _quiet_torch() -> Iterator[None]:
         _functional._verify_batch_size = verify
 
 
-def _faked(fake: FakeTensorMode, value: Any, memo: dict[int, Any]) -> Any:
-    """A meta tensor has no real device, so tensors that the code makes would mix devices: a fake one claims the CPU."""
-    if not isinstance(value, torch.Tensor) or not value.is_meta:
-        return value
-    with fake:
-        tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    out = nn.Parameter(tensor, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else tensor
-    memo[id(value)] = out
-    return out
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
+            "model is not changed"
+        ) from e
+
+
+def _fake() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# Elements per ATen call from which a forward costs more on real data than the bookkeeping of fake tensors does.
+_HEAVY = 50_000
+
+
+def _record_train(
+    root: nn.Module,
+    inputs: tuple[inspect.BoundArguments, int],
+    device: torch.device | None,
+    evaluated: Capture,
+    *,
+    meta: bool,
+) -> tuple[Graph, Capture, Recorder]:
+    """The second capture only has to show structure, so a heavy one runs on fake tensors if the forward lets it."""
+    ops = evaluated.tape.ops
+    elements = sum(math.prod(slot.shape) for op in ops for slot in op.outs)
+    if meta or elements > _HEAVY * len(ops):
+        try:
+            return _record(root, inputs, device, _fake(), training=True)
+        except CaptureError:
+            if meta:
+                raise
+    return _record(root, inputs, device, None, training=True)
 
 
 def _record(
     root: nn.Module,
-    bound: inspect.BoundArguments,
+    inputs: tuple[inspect.BoundArguments, int],
     device: torch.device | None,
     fake: FakeTensorMode | None,
     *,
     training: bool,
 ) -> tuple[Graph, Capture, Recorder]:
+    bound, positional = inputs
     if fake is not None:
-        memo: dict[int, Any] = {}
-        for tensor in (*root.parameters(), *root.buffers()):
-            _faked(fake, tensor, memo)
-        root = copy.deepcopy(root, memo)
-        device = torch.device("cpu")
+        state = (*root.parameters(), *root.buffers())
+        root = copy.deepcopy(root, {id(tensor): faked(fake, tensor) for tensor in state})
+        device = torch.device("cpu") if device is not None and device.type == "meta" else device
     root.train(training)
     buffers = {name: b.clone() for name, b in root.named_buffers()}
     recorder = Recorder(root, device)
+    trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        with torch.no_grad(), _quiet_torch(), fake or nullcontext():
-            args, kwargs = _add_inputs(recorder, fake, bound)
+        # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
+        # parameter asks for one, so no autograd graph is built.
+        for p in trainable:
+            p.requires_grad_(False)
+        with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
+            args, kwargs = add_inputs(recorder.arguments, fake, bound, positional, expect)
             with recorder.running():
                 out = root.forward(*args, **kwargs)
             recorder.finish(out)
@@ -218,9 +228,11 @@ def _record(
         line = line_of_error(e)
         raise CaptureError(
             f"{type(root).__name__}.forward raised {type(e).__name__} on the example inputs"
-            f" ({_shapes(bound)}){f' at {line}' if line else ''}: {e}"
+            f" ({shapes(bound)}){f' at {line}' if line else ''}: {e}"
         ) from e
     finally:
+        for p in trainable:
+            p.requires_grad_(True)
         torch.set_rng_state(rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
@@ -234,64 +246,11 @@ def _record(
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(out).__name__}")
     recorder.tape.release()
+    for name, rebuild in recorder.arguments.rebuilds.items():
+        root.add_module(name, rebuild)
     remove_dead_nodes(recorder.graph, root)
-    return recorder.graph, Capture("train" if training else "eval", recorder.tape, leaves), recorder
-
-
-def _add_inputs(
-    recorder: Recorder, fake: FakeTensorMode | None, bound: inspect.BoundArguments
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Placeholders for the whole signature. Inputs are aliased, so that no two arguments are the same object."""
-    parameters = bound.signature.parameters
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    nodes: list[tuple[Any, Node, str]] = []
-    for name, parameter in parameters.items():
-        given = name in bound.arguments
-        value = bound.arguments.get(name, parameter.default)
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            value = _fresh(value if given else (), fake)
-            nodes.append((value, recorder.arguments.add_input(f"*{name}", NO_DEFAULT), name))
-            args.extend(value)
-        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            value = _fresh(value if given else {}, fake)
-            nodes.append((value, recorder.arguments.add_input(f"**{name}", NO_DEFAULT), name))
-            kwargs.update(value)
-        else:
-            value = _fresh(value, fake)
-            default = NO_DEFAULT if parameter.default is inspect.Parameter.empty else parameter.default
-            nodes.append((value, recorder.arguments.add_input(name, default), name))
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                kwargs[name] = value
-            elif len(args) == len([n for n in nodes if not str(n[1].target).startswith("*")]) - 1 - len(kwargs):
-                args.append(value)
-            else:
-                kwargs[name] = value
-    for value, node, name in nodes:
-        recorder.arguments.bind_input(value, node, name, expect)
-    return tuple(args), kwargs
-
-
-def _fresh(value: Any, fake: FakeTensorMode | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        if fake is not None:
-            value = _faked(fake, value, {})
-        return value.detach().view_as(value) if value.layout is torch.strided else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_fresh(v, fake) for v in value))
-    if type(value) in (tuple, list):
-        return type(value)(_fresh(v, fake) for v in value)
-    if type(value) is dict:
-        return {k: _fresh(v, fake) for k, v in value.items()}
-    return value
-
-
-def _shapes(bound: inspect.BoundArguments) -> str:
-    parts = []
-    for name, value in bound.arguments.items():
-        shapes = [str(tuple(t.shape)) for t in tensors_in(value)]
-        parts.append(f"{name}: {', '.join(shapes)}" if shapes else f"{name}={value!r}")
-    return "; ".join(parts)
+    nodes = frozenset(node.name for node in recorder.graph.nodes)
+    return recorder.graph, Capture("train" if training else "eval", recorder.tape, leaves, nodes), recorder
 
 
 def _output_leaves(value: Any, tape: Tape, path: str) -> Iterator[OutputLeaf]:

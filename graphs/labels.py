@@ -167,20 +167,12 @@ def _unseen(slot: Slot, op: TapedOp | None) -> Labels:
 
 
 def _live_ops(capture: Capture) -> set[int]:
-    """Positions of the calls that the outputs depend on; code that only reads shapes is not among them."""
-    slots = {leaf.slot.index for leaf in capture.outputs}
-    storages = {leaf.slot.storage for leaf in capture.outputs}
-    live: set[int] = set()
-    for position in range(len(capture.tape.ops) - 1, -1, -1):
-        op = capture.tape.ops[position]
-        writes = op.op._schema.is_mutable and any(s.storage in storages for s in op.inputs())
-        if not writes and not any(s.index in slots for s in op.outs):
-            continue
-        live.add(position)
-        for slot in op.inputs():
-            slots.add(slot.index)
-            storages.add(slot.storage)
-    return live
+    """Positions of the calls that the graph still makes: code that only led to dead ends constrains nothing.
+
+    A call whose result is read for its shape alone is among them: it runs, so its operands have to fit.
+    """
+    ops = enumerate(capture.tape.ops)
+    return {position for position, op in ops if op.node in capture.nodes and (op.outs or op.op._schema.is_mutable)}
 
 
 def _settle(labelling: Labelling, used: set[str], aliases: Mapping[str, str]) -> None:

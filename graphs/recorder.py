@@ -48,6 +48,9 @@ _READS_DATA = frozenset(
         "is_nonzero", "__array__", "__contains__",
     }
 )  # fmt: skip
+# Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
+_METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
+_DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
 _SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
@@ -92,6 +95,15 @@ class Recorder(TorchFunctionMode):
                 return training[id(module)]
             return original_getattr(module, name)
 
+        original_apply = torch.autograd.Function.__dict__["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            run = original_apply.__get__(None, cls)
+            if not recorder._active:
+                return run(*args, **kwargs)
+            return recorder._call_autograd_function(cls, run, args, kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]  # while recording
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         nn.Module.__call__ = call  # type: ignore[method-assign]  # while recording
@@ -102,6 +114,7 @@ class Recorder(TorchFunctionMode):
                 yield
         finally:
             self._active = False
+            torch.autograd.Function.apply = original_apply
             nn.Module.__call__ = original_call  # type: ignore[method-assign]  # while recording
             nn.Module.__getattr__ = original_getattr  # type: ignore[method-assign]  # while recording
             for module in hidden:
@@ -179,10 +192,10 @@ class Recorder(TorchFunctionMode):
         if name in _SIZE_CALLS:
             return self._read_size(name, func, args, kwargs)
         if name in ("__set__", "__delete__"):
-            where = source_line()
-            raise CaptureError(
-                f"the forward assigns to a tensor's property ({func}) at {where}; rewrite it as an operation"
-            )
+            return self._write_property(func, args)
+        if name == "_set_grad_enabled":
+            self.arguments.enter_grad_mode(enabled=bool(args[0]))
+            return func(*args, **kwargs)
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
         start = len(self.tape.ops)
@@ -194,12 +207,23 @@ class Recorder(TorchFunctionMode):
             return out
         target = _MAGIC.get(name, func)
         fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
-        if _is_method(target):
-            node = self.graph.call_method(name, fx_args, fx_kwargs)
+        method = _METHODS.get(id(target))
+        if method is not None or isinstance(target, _DESCRIPTORS):
+            node = self.graph.call_method(method or name, fx_args, fx_kwargs)
         else:
             node = self.graph.call_function(target, fx_args, fx_kwargs)
         in_place = _is_in_place(name) or "out" in kwargs
         return self._finish(node, out, args, kwargs, start, in_place=in_place)
+
+    def _call_autograd_function(
+        self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A custom autograd function stays whole, for its backward is its own; its ATen calls are on the tape."""
+        start = len(self.tape.ops)
+        with self._paused(), torch._C.DisableTorchFunction():
+            out = run(*args, **kwargs)
+        node = self.graph.call_function(cls.apply, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the body of a Python function of torch under the recorder, instead of taking it as one call."""
@@ -230,6 +254,8 @@ class Recorder(TorchFunctionMode):
         for op in self.tape.ops[start:]:
             op.node, op.source, op.call, op.operands = node.name, source, call, operands
         node.meta["tape"] = (start, len(self.tape.ops))
+        if self.arguments.no_grad and node.op != "call_module":
+            node.meta["grad"] = False
         self.arguments.bind(out, node)
         return out
 
@@ -250,9 +276,26 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_function(getattr, (self.arguments.to_fx(tensor), name))
         return self._finish(node, out, args, {}, start, in_place=False)
 
+    def _write_property(self, setter: Any, args: tuple[Any, ...]) -> Any:
+        """Assignments that change no value (``requires_grad``, ``data`` to itself) pass; others can't be captured."""
+        name = getattr(getattr(setter, "__self__", None), "__name__", "")
+        same = name == "requires_grad"
+        with self._paused(), torch._C.DisableTorchFunction():
+            if name == "data" and len(args) > 1:
+                old, new = args[0], args[1]
+                same = old.dtype == new.dtype and old.device == new.device and old.shape == new.shape
+                same = same and old.untyped_storage()._cdata == new.untyped_storage()._cdata
+        if not same:
+            raise CaptureError(
+                f"the forward assigns to a tensor's property '{name}' at {source_line()}; rewrite it as an operation"
+            )
+        return None
+
     def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._paused(), torch._C.DisableTorchFunction():
             out = func(*args, **kwargs)
+        if name == "__len__":  # Python's len() makes a plain int of whatever it is given
+            self.specialised.append(f"len(tensor) at {source_line()}; use x.shape[0]")
         if name in ("dim", "ndimension", "__len__"):
             return out
         tensor = args[0] if args else kwargs["input"]
@@ -272,14 +315,6 @@ class Recorder(TorchFunctionMode):
         return LiveInt(
             size, self, lambda: self.arguments.call(torch.Tensor.size, (source, dim), plain=True, method="size")
         )
-
-
-def _is_method(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    found = getattr(torch.Tensor, name, None)
-    if found is func:
-        return True
-    return isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType))
 
 
 def _is_in_place(name: str) -> bool:

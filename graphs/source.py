@@ -13,7 +13,7 @@ __all__ = ["line_of_error", "source_line"]
 
 _HERE = Path(__file__).parent
 _TORCH_DIR = f"{Path(torch.__file__).parent}{os.sep}"
-_OWN_DIRS = tuple(f"{(_HERE / os.pardir / d).resolve()}{os.sep}" for d in ("graphs", "passes", "chase_fx"))
+_OWN_DIRS = tuple(f"{(_HERE / os.pardir / d).resolve()}{os.sep}" for d in ("graphs", "passes"))
 _SKIPPED_DIRS = (_TORCH_DIR, *_OWN_DIRS, f"{_HERE}{os.sep}")
 
 

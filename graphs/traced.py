@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _forward_from_src
 
+from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.tape import Slot, Tape
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Capture:
     mode: str  # "eval" or "train"
     tape: Tape
     outputs: tuple[OutputLeaf, ...]
+    nodes: frozenset[str] = frozenset()  # the nodes that the graph kept
 
 
 @dataclass
@@ -60,6 +62,7 @@ class TraceInfo:
     structure: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # second names of tied tensors -> the first
     constants: frozenset[str] = frozenset()  # tensors that the model uses but does not register
+    train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
 
 
@@ -93,7 +96,10 @@ class TracedModule(GraphModule):
     def recompile(self) -> Any:
         """Regenerate ``forward`` from the graphs."""
         code = super().recompile()
-        if self.train_graph is not None:
+        if self.info is not None and self.info.train_error is not None:
+            cls = type(self)
+            cls.forward = _by_mode(cls.forward, _refuse)
+        elif self.train_graph is not None:
             cls = type(self)
             cls.forward = _by_mode(cls.forward, _compile(self.train_graph))
         return code
@@ -122,6 +128,11 @@ def _compile(graph: Graph) -> Callable[..., Any]:
     return forward
 
 
+def _refuse(self: TracedModule, *_args: Any, **_kwargs: Any) -> Any:
+    assert self.info is not None
+    raise CaptureError(f"this graph has no train mode, for the model failed there: {self.info.train_error}")
+
+
 def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
@@ -131,8 +142,6 @@ def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callabl
 
 def capture_of(module: torch.nn.Module) -> TraceInfo:
     """The capture that ``module`` was made from."""
-    from chase_fx.errors import ArgumentError
-
     info = getattr(module, "info", None)
     if not isinstance(module, TracedModule) or not isinstance(info, TraceInfo):
         raise ArgumentError(

@@ -1,13 +1,17 @@
 """An oracle without labels that also judges norms written out by hand, such as ``x * x.pow(2).mean(-1).rsqrt()``.
 
-In a copy of the model whose removed slices are zero a removed channel is zero everywhere. So whenever a mean, a variance
-or a norm runs over a dim, the indices that are zero there now, and were not in the dense model, do not exist. (A pixel can be zero by chance as well. So only dims count
-that are smaller in the slim module too.)
+In a copy of the model whose removed slices are zero a removed channel is zero, or what the model makes of zeros: the same
+at every removed index. So whenever a mean, a variance or a norm runs over a dim that is smaller in the slim module, the
+indices that look so do not exist. (The slim module's shape only says how many there are: a pixel can be zero by chance.)
+
+It can't judge a product of two activations that are both something else than zero at removed channels, such as the
+``elu(q) + 1`` and ``elu(k) + 1`` of linear attention: there the removed channels do take part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,41 +33,67 @@ _REDUCTIONS = frozenset(
 )
 _NORMS = frozenset({F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.local_response_norm})
 
+# The same function, but one that shows what it calls: its own guard would hand itself to the mode again.
+_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+
 
 class _Calls(TorchFunctionMode):
-    """Notes which indices are zero in every reduced tensor, in order of the calls."""
+    """Notes what every reduced tensor looks like, in order of the calls; drops what the slim module does not have."""
 
     def __init__(self, dense: _Calls | None = None, slim: _Calls | None = None) -> None:
         super().__init__()
-        self.zeros: list[list[Tensor]] = []
-        self.dense = dense
-        self.slim = slim if dense is not None and slim is not None and len(slim.zeros) == len(dense.zeros) else None
+        self.seen: list[Tensor] = []
+        self.dense, self.slim = dense, slim
+        if dense is not None and slim is not None:
+            assert len(dense.seen) == len(slim.seen), "the slim module makes other calls than the model"
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
         if func not in _REDUCTIONS and func not in _NORMS:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs.pop("input")
         args = (x, *args[1:])
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return func(*args, **kwargs)
-        zeros = [(x.detach() == 0).movedim(d, 0).reshape(x.shape[d], -1).all(1) for d in range(x.dim())]
-        self.zeros.append(zeros)
-        if self.dense is None:
+        self.seen.append(x.detach())
+        if self.dense is None or self.slim is None:
             return func(*args, **kwargs)
-        call = len(self.zeros) - 1
-        before = self.dense.zeros[call]
-        gone = [now & ~then for now, then in zip(zeros, before, strict=True)]
-        kept = {d: (~g).nonzero().flatten() for d, g in enumerate(gone) if g.any()}
-        if self.slim is not None and len(self.slim.zeros[call]) == x.dim():
-            kept = {d: i for d, i in kept.items() if len(self.slim.zeros[call][d]) == len(i)}
+        call = len(self.seen) - 1
+        before, after = self.dense.seen[call], self.slim.seen[call]
+        kept = {}
+        if before.shape == x.shape and after.dim() == x.dim():
+            found = {d: _kept(before, x, d, n) for d, n in enumerate(after.shape) if n < x.shape[d]}
+            kept = {d: indices for d, indices in found.items() if indices is not None}
         if not kept:
             return func(*args, **kwargs)
         if func in _REDUCTIONS:
             return _reduce(func, kept, args, kwargs)
         return _norm(func, kept, args, kwargs)
+
+
+def _kept(before: Tensor, now: Tensor, dim: int, size: int) -> Tensor | None:
+    """The ``size`` indices of a dim that exist: all but those that are zero now, or else all alike."""
+    was, rows = (t.movedim(dim, 0).flatten(1) if t.dim() > 1 else t[:, None] for t in (before, now))
+    gone = (rows == 0).all(1) & ~(was == 0).all(1)
+    if int((~gone).sum()) == size:
+        return (~gone).nonzero().flatten()
+    number = len(rows) - size
+    if number > 1:
+        for row in rows:
+            gone = (rows - row).abs().amax(1) <= 1e-12 * rows.abs().max()
+            if int(gone.sum()) == number:
+                return (~gone).nonzero().flatten()
+    return None
 
 
 def _select(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

@@ -527,6 +527,25 @@ def test_modes_survive(model: nn.Module) -> None:
         assert {name: m.training for name, m in module.named_modules() if name in modes} == modes
 
 
+def test_meta_capture_of_a_single_value_per_channel() -> None:
+    """On the meta device too, a batch norm that sees one value per channel can be captured."""
+    model = nn.Sequential(nn.Linear(4, 8), Regular(auxiliary=True).bn, nn.Dropout(), nn.Linear(8, 2))
+
+    class ReadsTraining(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.body(x), 0.2, self.training)
+
+    plans = []
+    for device in ("cpu", "meta"):
+        traced = chase_fx.trace(ReadsTraining().to(device), torch.ones(1, 4, device=device))
+        plans.append(str(chase_fx.analyze(traced)))
+    assert plans[0] == plans[1]
+
+
 def test_hooks_run(traced: Any) -> None:
     """Forward hooks on leaf modules run in the capture and in the slim module, and see the slim widths."""
     slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))

@@ -11,10 +11,10 @@ from chase_fx.sparse.check import check_count, check_order, check_share
 from chase_fx.sparse.distribution import Distribution, resolve
 from chase_fx.sparse.drop import Drop
 from chase_fx.sparse.grow import Grow
+from chase_fx.sparse.options import Options
 from chase_fx.sparse.recipe import DropAndGrow, Recipe
 from chase_fx.sparse.schedule import Phases, Replace, SoftBound, interval_for
 from chase_fx.sparse.score import gradient, magnitude
-from chase_fx.sparse.options import Options
 from chase_fx.sparse.trainer import SparseTrainer
 
 __all__ = ["Chase"]

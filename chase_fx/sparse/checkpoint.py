@@ -72,7 +72,17 @@ def read_run(path: str | os.PathLike[str], *, previous: bool = False) -> dict[st
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    source = files.previous_of(path) if previous else path
+    try:
+        run, failure = _read(files.previous_of(path) if previous else path), None
+    except CheckpointError as e:
+        run, failure = {}, e
+    for r, problem in enumerate(distributed.gather(None if failure is None else str(failure))):
+        if problem is not None:  # on every rank, so that none waits for the others
+            raise failure or CheckpointError(f"rank {r} could not read the checkpoint: {problem}")
+    return run
+
+
+def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
     content, tensors = files.read(source)
     try:
         parts = {key: decode(content[key], tensors) for key in ("trainer", "module", "optimizer", "generators")}
@@ -187,4 +197,4 @@ def _set_generators(state: Mapping[str, Any]) -> None:
         import numpy as np
 
         kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002  (augmentations draw from it)

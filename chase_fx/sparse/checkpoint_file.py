@@ -100,7 +100,7 @@ def _keep(target: Path) -> None:
     previous, link = previous_of(target), target.with_name(target.name + ".link")
     link.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a file system without hard links
-        os.link(target, link)  # noqa: PTH200  (as os.replace)
+        os.link(target, link)
     os.replace(link if link.exists() else target, previous)  # noqa: PTH105
 
 

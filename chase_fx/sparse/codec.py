@@ -100,7 +100,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    # A subclass (numpy.float64, an enum) would come back as its base anyway: make it that now. json keeps floats exactly.
+    # A subclass (numpy.float64, an enum) would come back as its base anyway. json keeps every float exactly.
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, float):

@@ -18,10 +18,10 @@ from chase_fx.sparse.distribution import Distribution, resolve
 from chase_fx.sparse.drop import Drop, Scope
 from chase_fx.sparse.fan_in import ConstantFanIn
 from chase_fx.sparse.grow import Grow
+from chase_fx.sparse.options import Common
 from chase_fx.sparse.recipe import DropAndGrow, Recipe
 from chase_fx.sparse.schedule import Alternating, Elastic, Fixed, Gradual, OneShot, Replace, Targets, interval_for
 from chase_fx.sparse.score import MagnitudePlusGradient, gradient, magnitude, random, saliency
-from chase_fx.sparse.options import Common
 from chase_fx.sparse.trainer import SparseTrainer
 
 __all__ = ["ACDC", "GMP", "MEST", "SET", "SNIP", "GraNet", "RigL", "RigLITOP", "SRigL", "Static"]

@@ -31,10 +31,10 @@ class Restore:
 
         trainer = Chase.restore("run.ckpt", traced, optimizer, others={"scheduler": scheduler}, ...)
 
-    The second takes ``total_steps``, ``sparsity``, ``channel_sparsity`` and ``live_shrink`` from the checkpoint; options
-    that were not left at their defaults must be given again. ``previous=True`` loads the checkpoint before, which stays
-    whole whatever happens to the newest. The objects saved under names are given again under the same names. The global
-    random generators of torch, Python and numpy continue as well.
+    The second takes ``total_steps``, ``sparsity``, ``channel_sparsity`` and ``live_shrink`` from the checkpoint; other
+    options that were not left at their defaults must be given again. ``previous=True`` loads the checkpoint before,
+    which stays whole whatever happens to the newest. The objects saved under names are given again under the same
+    names. The global random generators of torch, Python and numpy continue as well.
 
     Raises:
         CheckpointError: the file is missing, truncated or tampered with, or belongs to another run: another module,

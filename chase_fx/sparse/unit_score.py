@@ -21,8 +21,8 @@ from chase_fx.sparse.structure import GroupLike
 from chase_fx.sparse.watch import Watch
 
 __all__ = [
-    "UNIT_SCORES", "Activation", "RandomOrder", "Slices", "UnitScore", "Units", "bn_scale", "gradient_flow", "magnitude",
-    "resolve", "taylor", "umm",
+    "UNIT_SCORES", "Activation", "RandomOrder", "Slices", "UnitScore", "Units", "bn_scale", "gradient_flow",
+    "magnitude", "resolve", "taylor", "umm",
 ]  # fmt: skip
 
 
@@ -154,8 +154,8 @@ class Activation:
         ]
         if not readers:
             msg = (
-                f"channel_score='activation' has seen nothing read the channels of group {units.group.name!r}: expected "
-                f"a convolution or linear layer without groups that was called in train mode since the last "
+                f"channel_score='activation' has seen nothing read the channels of group {units.group.name!r}: "
+                f"expected a convolution or linear layer without groups that was called in train mode since the last "
                 f"trainer.step(); use another channel_score where the group's consumers are of other kinds"
             )
             raise ArgumentError(msg)

@@ -54,7 +54,7 @@ def _over_last_dims(
             for a, b in zip(labels[-n:], op[w], strict=True):
                 op.tie(a, b)
             for d in range(n):
-                op.reduce(w, d)  # type: ignore[arg-type]
+                op.reduce(w, d)
     for d in range(len(labels) - n, len(labels)):
         op.reduce(x, d)
     outs = [labels]

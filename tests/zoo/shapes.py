@@ -1003,7 +1003,7 @@ def vector_quantiser() -> Case:
 @shape
 def tensor_product() -> Case:
     def run(m: Any, x: Tensor) -> Tensor:
-        a, b = m.a(x).relu(), m.b(x).relu()
+        a, b = m.a(x).tanh(), m.b(x).tanh()
         outer = (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
         return m.head(m.mix(outer).relu() + torch.kron(a[0, 0], b[0, 0]).mean())
 

@@ -194,7 +194,7 @@ ARCHITECTURES = (
     Arch("gemma3_text", auto=CAUSAL, config={"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}),
     Arch("phi", auto=CAUSAL, config={"partial_rotary_factor": 0.5}),
     Arch("phi3", auto=CAUSAL),
-    Arch("stablelm", auto=CAUSAL, config={"partial_rotary_factor": 0.5}),
+    Arch("stablelm", auto=CAUSAL, config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
     Arch("olmo", auto=CAUSAL),
     Arch("olmo2", auto=CAUSAL),
     Arch("cohere", auto=CAUSAL),
@@ -228,7 +228,7 @@ ARCHITECTURES = (
     Arch("phimoe", auto=CAUSAL, config=_MOE),
     Arch("jetmoe", auto=CAUSAL, config={**_MOE, "kv_channels": 12, "num_key_value_heads": 2}),
     Arch("granitemoe", auto=CAUSAL, config=_MOE),
-    Arch("dbrx", auto=CAUSAL, config={"max_seq_len": 64, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": WIDE,
+    Arch("dbrx", auto=CAUSAL, config={"max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": WIDE,
          "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN}}),
     Arch("deepseek_v2", auto=CAUSAL, config={**_MLA, "topk_method": "greedy"}),
     Arch("deepseek_v3", auto=CAUSAL, config=_MLA),
@@ -251,7 +251,7 @@ ARCHITECTURES = (
     Arch("lfm2", auto=CAUSAL, config={"full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]}),
     Arch("qwen3_next", auto=CAUSAL, config={**_MOE, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 10,
          "linear_value_head_dim": 12, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}),
-    Arch("xlstm", _ids_only, {"embedding_dim": HIDDEN, "num_blocks": 2, "num_heads": 4, "chunk_size": 5, "return_last_states": False}, CAUSAL, EAGER),
+    Arch("xlstm", _ids_only, {"embedding_dim": HIDDEN, "num_blocks": 2, "num_heads": 4, "chunk_size": 16, "return_last_states": False, "qk_dim_factor": 0.5, "vocab_size": VOCAB}, CAUSAL, EAGER),
     # encoder-decoders
     Arch("t5", _seq2seq, {}, SEQ2SEQ, EAGER),
     Arch("t5-gated", _seq2seq, {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "dense_act_fn": "gelu_new", "tie_word_embeddings": False}, SEQ2SEQ, EAGER, "t5"),
@@ -299,11 +299,11 @@ ARCHITECTURES = (
     Arch("mobilenet_v2", _image(64), {"depth_multiplier": 0.35}, "AutoModelForImageClassification", EAGER),
     Arch("mobilevit", _image(64), {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 12, 16, 20, 24, 28, 40], "image_size": 64, "patch_size": 2}, attention=EAGER),
     Arch("mobilevitv2", _image(64), {"image_size": 64, "patch_size": 2, "width_multiplier": 0.5}, attention=EAGER),
-    Arch("levit", _image(64), {"image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+    Arch("levit", _image(128), {"image_size": 128, "patch_size": 16, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
          "key_dim": [8, 8, 8], "drop_path_rate": 0, "attention_ratio": [2, 2, 2], "down_ops": [["Subsample", 8, 4, 4, 2, 2], ["Subsample", 8, 6, 4, 2, 2]]}, attention=EAGER),
     Arch("pvt", _image(), {**_STAGES, "sequence_reduction_ratios": [4, 2, 2, 1], "patch_sizes": [4, 2, 2, 2]}, attention=EAGER),
     Arch("pvt_v2", _image(64), {**_STAGES, "image_size": 64}, attention=EAGER),
-    Arch("cvt", _image(64), {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 2]}, attention=EAGER),
+    Arch("cvt", _image(64), {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 2], "patch_sizes": [7, 3, 3]}, attention=EAGER),
     Arch("segformer", _image(64), {**_STAGES, "decoder_hidden_size": 28}, "AutoModelForSemanticSegmentation", EAGER),
     Arch("glpn", _image(64), {**_STAGES, "decoder_hidden_size": 28}, "GLPNForDepthEstimation", EAGER),
     Arch("focalnet", _image(), {"embed_dim": 24, "hidden_sizes": [24, 48], "depths": [1, 1], "focal_levels": [2, 2], "focal_windows": [3, 3], "patch_size": 4}, attention=EAGER),
@@ -321,8 +321,8 @@ ARCHITECTURES = (
          "encoder_ffn_dim": 56, "num_feature_levels": 3, "decoder_in_channels": [32, 32, 32], "disable_custom_kernels": True, "anchor_image_size": None}, "AutoModelForObjectDetection", EAGER),
     Arch("yolos", _image(), {"image_size": [IMAGE, IMAGE], "num_detection_tokens": 6}, "AutoModelForObjectDetection"),
     Arch("dpt", _image(), {"neck_hidden_sizes": [12, 16, 20, 24], "fusion_hidden_size": 28, "backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4}, "AutoModelForDepthEstimation"),
-    Arch("sam", _image(64), {"vision_config": {"image_size": 64, "output_channels": 20, "global_attn_indexes": [1], "window_size": 3, "mlp_dim": WIDE, "num_pos_feats": 10},
-         "prompt_encoder_config": {"hidden_size": 20, "image_size": 64, "mask_input_channels": 8}, "mask_decoder_config": {"hidden_size": 20, "mlp_dim": 36, "num_attention_heads": 2, "attention_downsample_rate": 2, "iou_head_hidden_dim": 24}}, "SamModel", BOTH),
+    Arch("sam", _with(_image(64), input_points=lambda: torch.rand(2, 1, 3, 2) * 60), {"vision_config": {"image_size": 64, "patch_size": 8, "output_channels": 20, "global_attn_indexes": [1], "window_size": 3, "mlp_dim": WIDE, "num_pos_feats": 10},
+         "prompt_encoder_config": {"hidden_size": 20, "image_size": 64, "patch_size": 8, "image_embedding_size": 8, "mask_input_channels": 8}, "mask_decoder_config": {"hidden_size": 20, "mlp_dim": 36, "num_attention_heads": 2, "attention_downsample_rate": 2, "iou_head_hidden_dim": 24}}, "SamModel", BOTH),
     Arch("seggpt", lambda: {"pixel_values": torch.randn(2, 3, 32, 16), "prompt_pixel_values": torch.randn(2, 3, 32, 16), "prompt_masks": torch.randn(2, 3, 32, 16)},
          {"image_size": [64, 16], "patch_size": 8, "merge_index": 0, "intermediate_hidden_state_indices": [1], "pretrain_image_size": 16, "decoder_hidden_size": 12, "mlp_dim": WIDE}, "SegGptModel", EAGER),
     Arch("vitdet", _image(), {"window_block_indices": [0], "window_size": 2, "use_relative_position_embeddings": True}, attention=EAGER),
@@ -352,7 +352,7 @@ ARCHITECTURES = (
     Arch("audio-spectrogram-transformer", lambda: {"input_values": torch.randn(2, 40, 16)}, {"max_length": 40, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4}),
     Arch("encodec", lambda: {"input_values": torch.randn(2, 1, 640)}, {"num_filters": 8, "hidden_size": 24, "codebook_size": 32, "codebook_dim": 24, "upsampling_ratios": [4, 2], "num_lstm_layers": 1}, attention=EAGER),
     Arch("dac", lambda: {"input_values": torch.randn(2, 1, 640)}, {"encoder_hidden_size": 8, "hidden_size": 32, "decoder_hidden_size": 32, "downsampling_ratios": [2, 4], "upsampling_ratios": [4, 2], "n_codebooks": 2, "codebook_size": 32}, attention=EAGER),
-    Arch("univnet", lambda: {"input_features": torch.randn(2, 12, 20), "noise_sequence": torch.randn(2, 12, 6)}, {"model_in_channels": 6, "model_hidden_channels": 8, "num_mel_bins": 20, "resblock_kernel_sizes": [3], "resblock_stride_sizes": [4], "resblock_dilation_sizes": [[1, 3]], "kernel_predictor_hidden_channels": 12}, attention=EAGER),
+    Arch("univnet", lambda: {"input_features": torch.randn(2, 12, 20), "noise_sequence": torch.randn(2, 12, 12)}, {"model_in_channels": 12, "model_hidden_channels": 8, "num_mel_bins": 20, "resblock_kernel_sizes": [3], "resblock_stride_sizes": [4], "resblock_dilation_sizes": [[1, 3]], "kernel_predictor_hidden_channels": 12}, attention=EAGER),
     Arch("clap", lambda: {"input_ids": _ids(), "attention_mask": torch.ones(2, TOKENS, dtype=torch.long), "input_features": torch.randn(2, 1, 64, 16)},
          {"audio_config": {"spec_size": 32, "num_mel_bins": 16, "depths": [1, 1], "num_attention_heads": [2, 4], "patch_embeds_hidden_size": 16, "patch_size": 2, "patch_stride": [2, 2], "window_size": 4, "num_hidden_layers": 2, "hidden_size": 32}}, attention=EAGER),
     # multimodal
@@ -370,7 +370,7 @@ ARCHITECTURES = (
     Arch("git", lambda: {**_text(), **_image()()}, auto=CAUSAL, attention=EAGER),
     Arch("flava", lambda: {**_text(), **_image()()}, attention=EAGER),
     Arch("vilt", lambda: {**_text(), **_image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)}, {"max_image_length": 16}, attention=EAGER),
-    Arch("bridgetower", lambda: {**_text(), **_image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)}, {"text_config": {"num_hidden_layers": 2}, "num_hidden_layers": 2}, attention=EAGER),
+    Arch("bridgetower", lambda: {**_text(), **_image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)}, {"text_config": {"num_hidden_layers": 2}, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": HIDDEN, "vision_config": {"num_hidden_layers": 2, "hidden_size": HIDDEN, "patch_size": 8, "image_size": 32}}, attention=EAGER),
     Arch("lxmert", _with(_text, visual_feats=lambda: torch.randn(2, 5, 28), visual_pos=lambda: torch.randn(2, 5, 4)), {"visual_feat_dim": 28, "l_layers": 2, "r_layers": 1, "x_layers": 1}, attention=EAGER),
     Arch("visual_bert", _with(_text, visual_embeds=lambda: torch.randn(2, 5, 28)), {"visual_embedding_dim": 28}, attention=EAGER),
     Arch("llava", lambda: {"input_ids": torch.cat([torch.full((2, 16), 96), _ids()], 1), **_image()()}, {"image_token_index": 96, "image_token_id": 96, "vision_config": "clip_vision_model", "text_config": "llama"}, "LlavaForConditionalGeneration"),
@@ -384,7 +384,7 @@ ARCHITECTURES = (
     Arch("decision_transformer", lambda: {"states": torch.randn(2, 5, 7), "actions": torch.randn(2, 5, 3), "rewards": torch.randn(2, 5, 1), "returns_to_go": torch.randn(2, 5, 1),
          "timesteps": torch.arange(5).repeat(2, 1), "attention_mask": torch.ones(2, 5, dtype=torch.long)}, {"state_dim": 7, "act_dim": 3, "max_ep_len": 20}, attention=EAGER),
     Arch("autoformer", lambda: {"past_values": torch.randn(2, 16 + 7), "past_time_features": torch.randn(2, 23, 2), "past_observed_mask": torch.ones(2, 23), "future_values": torch.randn(2, 6), "future_time_features": torch.randn(2, 6, 2)},
-         {"context_length": 16, "prediction_length": 6, "num_time_features": 2, "moving_average": 5, "lags_sequence": [1, 2, 7], "label_length": 8, "d_model": 48}, attention=EAGER),
+         {"context_length": 16, "prediction_length": 6, "num_time_features": 2, "moving_average": 5, "lags_sequence": [1, 2, 7], "label_length": 8, "d_model": 48, "input_size": 1, "num_dynamic_real_features": 0, "num_static_categorical_features": 0, "num_static_real_features": 0, "scaling": "mean"}, attention=EAGER),
 )
 
 
@@ -412,9 +412,15 @@ def _set(config: Any, values: Mapping[str, Any], *, always: bool) -> None:
                 continue
 
 
+def _sizes(config: Any) -> dict[str, Any]:
+    """The sizes that a configuration can take: not those that it has one of per stage."""
+    per_stage = {"num_hidden_layers", "num_layers", "num_attention_heads"} if getattr(config, "num_stages", None) else set()
+    return {k: v for k, v in SIZES.items() if k not in per_stage and not isinstance(getattr(config, k, None), (list, tuple))}
+
+
 def _shrink(config: Any) -> None:
     """Every part of a configuration gets small sizes."""
-    _set(config, {k: v for k, v in SIZES.items() if not isinstance(getattr(config, k, None), (list, tuple))}, always=False)
+    _set(config, _sizes(config), always=False)
     for part in vars(config).values():
         if isinstance(part, transformers.PretrainedConfig):
             _shrink(part)
@@ -429,7 +435,7 @@ def _config(arch: Arch) -> Any:
 
 
 def _finish(config: Any, own: Mapping[str, Any], keep: set[str]) -> Any:
-    _set(config, {k: v for k, v in SIZES.items() if not isinstance(getattr(config, k, None), (list, tuple))}, always=False)
+    _set(config, _sizes(config), always=False)
     for name, part in vars(config).items():
         if isinstance(part, transformers.PretrainedConfig) and name not in keep:
             _shrink(part)
@@ -454,7 +460,7 @@ def _finish(config: Any, own: Mapping[str, Any], keep: set[str]) -> Any:
 
 _PARTS = {
     "resnet": Arch("resnet", config={"embedding_size": 16, "hidden_sizes": [20, 24, 32, 40], "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}),
-    "rt_detr_resnet": Arch("rt_detr_resnet", config={"embedding_size": 16, "hidden_sizes": [20, 24, 32, 40], "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}),
+    "rt_detr_resnet": Arch("rt_detr_resnet", config={"embedding_size": 16, "hidden_sizes": [20, 24, 32, 40], "depths": [1, 1, 1, 1], "layer_type": "bottleneck", "out_features": ["stage2", "stage3", "stage4"]}),
     "convnext": Arch("convnext", config={"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
     "clip_vision_model": Arch("clip_vision_model"),
     "llama": Arch("llama"),

@@ -1,0 +1,77 @@
+"""Results that are objects of some class, such as the key-value caches of language models.
+
+They are rebuilt at every call from a template, a copy of the object whose tensors are replaced by holes. Their tensors
+are state that goes back into the same model, no outputs: nobody relies on their shape, so they don't freeze anything.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Rebuild", "strip"]
+
+_ATOMIC = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, nn.Module)
+
+
+class _Hole:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Rebuild(nn.Module):
+    """Fills the holes of a template with tensors."""
+
+    def __init__(self, template: Any) -> None:
+        super().__init__()
+        self.template = template
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        """A new object like the template, with ``tensors`` in its holes."""
+        return _walk(self.template, {}, lambda value: tensors[value.index] if isinstance(value, _Hole) else None)
+
+
+def strip(value: Any) -> tuple[Any, list[torch.Tensor]]:
+    """A template of ``value`` and the tensors that were in it; none when it holds no tensor."""
+    tensors: list[torch.Tensor] = []
+
+    def replace(found: Any) -> Any:
+        if not isinstance(found, torch.Tensor):
+            return None
+        tensors.append(found)
+        return _Hole(len(tensors) - 1)
+
+    return _walk(value, {}, replace), tensors
+
+
+def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:
+    replaced = replace(value)
+    if replaced is not None:
+        return replaced
+    if isinstance(value, _ATOMIC) or callable(value):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, dict):
+        out: Any = copy.copy(value)
+        memo[id(value)] = out
+        for key, item in value.items():
+            out[key] = _walk(item, memo, replace)
+        return out
+    if isinstance(value, list):
+        out = memo[id(value)] = []
+        out.extend(_walk(item, memo, replace) for item in value)
+        return out
+    if isinstance(value, tuple):
+        items = [_walk(item, memo, replace) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if not hasattr(value, "__dict__"):
+        return value
+    out = copy.copy(value)
+    memo[id(value)] = out
+    for key, item in vars(value).items():
+        out.__dict__[key] = _walk(item, memo, replace)
+    return out
