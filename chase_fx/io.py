@@ -101,7 +101,10 @@ def load(
         raise CheckpointError(f"{path}: metadata is damaged ({type(e).__name__}: {e})") from e
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if args is None and kwargs is None:
-        args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)
+        try:
+            args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            raise CheckpointError(f"{path}: the example inputs are damaged ({type(e).__name__}: {e})") from e
     slim = rewrite(trace(model, () if args is None else args, kwargs), plan)
     state = {name: t for name, t in tensors.items() if not name.startswith(_INPUT)}
     state.update({alias: state[name] for alias, name in aliases.items() if name in state})
@@ -143,6 +146,8 @@ def _restore(spec: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
     if kind == "tensor":
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, spec["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{spec['dtype']!r} is no dtype")
         return torch.randn(spec["shape"], generator=generator).to(device, dtype)
     if kind == "stored":
         return tensors[spec["name"]].to(device)
@@ -151,4 +156,6 @@ def _restore(spec: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
     if kind in ("tuple", "list"):
         items = [_restore(v, tensors, device) for v in spec["v"]]
         return tuple(items) if kind == "tuple" else items
+    if kind != "value":
+        raise ValueError(f"unknown kind of input {kind!r}")
     return spec["v"]

@@ -92,7 +92,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
     for module in root.modules():
-        module.training = modes[id(module)]
+        module.training = modes.get(id(module), root.training)
     constants = dict(recorder.arguments.constants)
     captures = [capture]
     train_graph = None
@@ -216,7 +216,7 @@ def _record(
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
-            p.requires_grad_(False)
+            p.requires_grad_(requires_grad=False)
         with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, positional, expect)
             with recorder.running():
@@ -232,7 +232,7 @@ def _record(
         ) from e
     finally:
         for p in trainable:
-            p.requires_grad_(True)
+            p.requires_grad_(requires_grad=True)
         torch.set_rng_state(rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)

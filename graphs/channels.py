@@ -353,6 +353,11 @@ def analyze(
         (Group('0.weight:0', size=8, axes=3),)
     """
     info = capture_of(traced)
+    if traced.plan is not None:
+        raise ArgumentError(
+            "this module is pruned already, and what was captured describes it before that; "
+            "call chase_fx.trace(slim, args) to capture the slim module"
+        )
     if on_unknown not in ("freeze", "raise"):
         raise ArgumentError(f"on_unknown must be 'freeze' or 'raise', found {on_unknown!r}")
     paths = _select_outputs(info, outputs)
@@ -360,12 +365,13 @@ def analyze(
     found = info.analyses.get(key)
     if found is None or on_unknown == "raise":
         labelling = propagate(info, rules, paths, raise_on_unknown=on_unknown == "raise")
-        found = info.analyses[key] = (rules, ChannelGraph(traced, info, labelling, paths))
-    channels: ChannelGraph = found[1]
-    if channels.module is not traced:  # the same structure with other weights: scores must read those
-        channels = ChannelGraph(traced, info, channels.labelling, paths)
-        info.analyses[key] = (rules, channels)
-    return channels
+        found = info.analyses[key] = (rules, labelling)
+    # Labels depend on the structure alone and are shared by every copy of the module; scores read weights, so a
+    # channel graph belongs to its module.
+    own: dict[object, ChannelGraph] = traced.__dict__.setdefault("channel_graphs", {})
+    if key not in own or own[key].labelling is not found[1]:
+        own[key] = ChannelGraph(traced, info, found[1], paths)
+    return own[key]
 
 
 def _select_outputs(info: TraceInfo, outputs: Outputs) -> tuple[str, ...]:

@@ -85,17 +85,20 @@ class _Propagation:
     labels: dict[int, Labels] = field(default_factory=dict)
     facts: dict[int, Facts] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    measured: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Label every tensor that the outputs depend on."""
         self._start()
-        live = _live_ops(self.capture)
+        live, self.measured = _live_ops(self.capture), _measured_ops(self.capture)
         for position, op in enumerate(self.capture.tape.ops):
             if position not in live:
                 continue
             for slot in op.inputs():
                 self._read(slot, op)
             facts = self.facts[position] = Facts()
+            if position in self.measured and self._measure(op):
+                continue
             self._apply(op, facts)
             self.labelling.producers.update(axis.owner for axis in facts.produced if isinstance(axis, Atom))
         for leaf in self.capture.outputs:
@@ -118,6 +121,15 @@ class _Propagation:
             self.labels[slot.index] = _unseen(slot, op)
         if slot.name is not None:
             self.used.add(slot.name)
+
+    def _measure(self, op: TapedOp) -> bool:
+        """An unknown call of which only the shape is read needs no rule if that is the shape of what went in."""
+        first = next(op.inputs(), None)
+        if first is None or self.rules.find(op.op) is not None or any(out.shape != first.shape for out in op.outs):
+            return False
+        for out in op.outs:
+            self.labels.setdefault(out.index, self.labels[first.index])
+        return True
 
     def _apply(self, op: TapedOp, facts: Facts) -> None:
         view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts)
@@ -167,12 +179,26 @@ def _unseen(slot: Slot, op: TapedOp | None) -> Labels:
 
 
 def _live_ops(capture: Capture) -> set[int]:
-    """Positions of the calls that the graph still makes: code that only led to dead ends constrains nothing.
-
-    A call whose result is read for its shape alone is among them: it runs, so its operands have to fit.
-    """
+    """Positions of the calls that the graph still makes; code that only led to dead ends is not among them."""
     ops = enumerate(capture.tape.ops)
     return {position for position, op in ops if op.node in capture.nodes and (op.outs or op.op._schema.is_mutable)}
+
+
+def _measured_ops(capture: Capture) -> set[int]:
+    """Positions of the calls that no output's value depends on: their results are read for their shape alone."""
+    slots = {leaf.slot.index for leaf in capture.outputs}
+    storages = {leaf.slot.storage for leaf in capture.outputs}
+    measured: set[int] = set()
+    for position in range(len(capture.tape.ops) - 1, -1, -1):
+        op = capture.tape.ops[position]
+        writes = op.op._schema.is_mutable and any(s.storage in storages for s in op.inputs())
+        if not writes and not any(s.index in slots for s in op.outs):
+            measured.add(position)
+            continue
+        for slot in op.inputs():
+            slots.add(slot.index)
+            storages.add(slot.storage)
+    return measured
 
 
 def _settle(labelling: Labelling, used: set[str], aliases: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from chase_fx.graphs.leaves import SIZE_ATTRIBUTES
 
 __all__ = ["resize", "slice_tensor", "slim_tree"]
 
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent weight per hidden unit
 Kept = tuple[torch.Tensor | None, ...]
 
 
@@ -52,6 +53,9 @@ def resize(module: nn.Module) -> None:
                 tensor = module._buffers.get(name) if tensor is None else tensor
                 if tensor is not None and hasattr(module, attribute):
                     setattr(module, attribute, tensor.shape[dim])
+    if isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[0] // _GATES[module.mode]
     weight = module._parameters.get("weight")
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         module.normalized_shape = tuple(weight.shape)

@@ -50,6 +50,10 @@ class MaskedReference(Interpreter):
         self.masks = masks
         self.values: dict[str, torch.Tensor] = {}
 
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
+        return next(self.args_iter)
+
     def run_node(self, n: Node) -> Any:
         """One node; its ATen calls are matched with those of the capture."""
         start, stop = n.meta.get("tape", (0, 0))

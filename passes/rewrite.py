@@ -82,9 +82,11 @@ def channels_for(traced: TracedModule, plan: PruningPlan) -> ChannelGraph:
             f"the plan was made for another model: '{wrong}' is {plan.shapes.get(wrong)} in the plan, "
             f"{own.get(wrong)} in the module"
         )
-    for (paths, _), (rules, channels) in list(info.analyses.items()):
-        if paths == plan.outputs and channels.digest == plan.digest:
-            return analyze(traced, outputs=paths, rules=rules)
+    for (paths, _), (rules, _labelling) in list(info.analyses.items()):
+        if paths == plan.outputs:
+            channels = analyze(traced, outputs=paths, rules=rules)
+            if channels.digest == plan.digest:
+                return channels
     channels = analyze(traced, outputs=plan.outputs)
     if channels.digest != plan.digest:
         raise PlanMismatchError(

@@ -300,6 +300,7 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
     "group_norm": _groups(1, "num_groups"),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups(1, "groups")),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
     "scaled_dot_product_attention": _attention,

@@ -106,15 +106,27 @@ def _compare(
 ) -> tuple[VerificationReport, Node | None]:
     modes = [{m: m.training for m in root.modules()} for root in (traced, slim)]
     buffers = {b: b.clone() for root in (traced, slim) for b in root.buffers()}
+    trainable = [p for root in (traced, slim) for p in root.parameters() if p.requires_grad]
     for root in (traced, slim):
         root.eval()
+    for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
+        parameter.requires_grad_(requires_grad=False)
     try:
         with torch.no_grad():
             reference = MaskedReference(traced, channels, 0, masks)
             expected = reference.run(*_placed(reference, inputs))
             recorded = _Recording(slim, graph=slim.graph)
-            found = recorded.run(*_placed(recorded, inputs))
+            try:
+                found = recorded.run(*_placed(recorded, inputs))
+            except (RuntimeError, IndexError, TypeError, ValueError) as e:
+                raise VerificationError(
+                    f"the slim graph fails at node '{recorded.at}' ({type(e).__name__}: {e}); the dense one runs. This is "
+                    "a defect of Chase-FX or of a user-defined rule, not of your model: please report it",
+                    node=recorded.at,
+                ) from e
     finally:
+        for parameter in trainable:
+            parameter.requires_grad_(requires_grad=True)
         for mode in modes:
             for module, training in mode.items():
                 module.training = training
@@ -138,8 +150,14 @@ class _Recording(Interpreter):
     def __init__(self, module: TracedModule, graph: torch.fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self.values: dict[str, torch.Tensor] = {}
+        self.at = ""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
+        return next(self.args_iter)
 
     def run_node(self, n: Node) -> Any:
+        self.at = n.name
         out = super().run_node(n)
         if isinstance(out, torch.Tensor):
             self.values[n.name] = out.detach().clone()

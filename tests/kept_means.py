@@ -1,8 +1,9 @@
 """An oracle without labels that also judges norms written out by hand, such as ``x * x.pow(2).mean(-1).rsqrt()``.
 
-In a copy of the model whose removed slices are zero a removed channel is zero, or what the model makes of zeros: the same
-at every removed index. So whenever a mean, a variance or a norm runs over a dim that is smaller in the slim module, the
-indices that look so do not exist. (The slim module's shape only says how many there are: a pixel can be zero by chance.)
+In a copy of the model whose removed slices are zero a removed channel is zero, or what the model makes of zeros: the
+same at every removed index. So whenever a mean, a variance or a norm runs over a dim that is smaller in the slim
+module, the indices that look so do not exist. (The slim module's shape only says how many there are: a pixel can be
+zero by chance.)
 
 It can't judge a product of two activations that are both something else than zero at removed channels, such as the
 ``elu(q) + 1`` and ``elu(k) + 1`` of linear attention: there the removed channels do take part.
@@ -59,12 +60,11 @@ class _Calls(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
-        if func not in _REDUCTIONS and func not in _NORMS:
+        x = args[0] if args else kwargs.get("input")
+        if (func not in _REDUCTIONS and func not in _NORMS) or not isinstance(x, Tensor) or not x.is_floating_point():
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs.pop("input")
         args = (x, *args[1:])
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return func(*args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k != "input"}
         self.seen.append(x.detach())
         if self.dense is None or self.slim is None:
             return func(*args, **kwargs)
@@ -139,10 +139,13 @@ def _group_norm(
     x: Tensor,
     kept: Mapping[int, Tensor],
     num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    *rest: Any,
+    **kwargs: Any,
 ) -> Tensor:
+    def affine(weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Any:
+        return weight, bias, eps
+
+    weight, bias, eps = affine(*rest, **kwargs)
     width = x.shape[1] // num_groups
     alive = kept.get(1, torch.arange(x.shape[1]))
     others = {d: i for d, i in kept.items() if d != 1}
@@ -151,7 +154,11 @@ def _group_norm(
         own = alive[alive // width == group]
         if len(own):
             few = F.group_norm(
-                _select(x[:, own], others), 1, None if weight is None else weight[own], None if bias is None else bias[own], eps
+                _select(x[:, own], others),
+                1,
+                None if weight is None else weight[own],
+                None if bias is None else bias[own],
+                eps,
             )
             out = out + _scatter(x, few, {**others, 1: own})
     return out

@@ -104,7 +104,9 @@ class Worker(threading.Thread):
         judged, log = 0, tempfile.TemporaryFile("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.matrix", "--worker", *names]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment
+        ) as process:
             assert process.stdout is not None
             timed_out = threading.Event()
 
@@ -126,8 +128,14 @@ class Worker(threading.Thread):
             code = process.wait()
         if judged < len(names):
             log.seek(0)
-            why = f"no answer in {self.timeout:.0f} s" if timed_out.is_set() else f"exit status {code}: {log.read()[-300:]}"
-            self.done.put({"name": names[judged], "state": "timeout" if timed_out.is_set() else "crashed", "reason": why})
+            why = (
+                f"no answer in {self.timeout:.0f} s"
+                if timed_out.is_set()
+                else f"exit status {code}: {log.read()[-300:]}"
+            )
+            self.done.put(
+                {"name": names[judged], "state": "timeout" if timed_out.is_set() else "crashed", "reason": why}
+            )
             judged += 1
         return judged
 
@@ -148,7 +156,10 @@ def run(names: Sequence[str], cache: Path, jobs: int, timeout: float) -> None:
         with cache.open("a") as f:
             f.write(json.dumps(record) + "\n")
         left = (time.monotonic() - start) / number * (len(names) - number)
-        print(f"{number}/{len(names)} {record['state']:9}{record['name']}  {record.get('reason', '')[:150]}  ({left / 60:.0f} min left)", flush=True)
+        print(
+            f"{number}/{len(names)} {record['state']:9}{record['name']}  {record.get('reason', '')[:150]}  ({left / 60:.0f} min left)",
+            flush=True,
+        )
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
@@ -226,20 +237,38 @@ def _not_exact(lines: list[str], records: Sequence[Record]) -> None:
         lines.append("None.")
         return
     lines += ["| model | state | reason |", "|---|---|---|"]
-    lines += [f"| {r['name']} | {r['state']} | {_short(r)} |" for r in sorted(bad, key=lambda r: (r["state"], r["name"]))]
+    lines += [
+        f"| {r['name']} | {r['state']} | {_short(r)} |" for r in sorted(bad, key=lambda r: (r["state"], r["name"]))
+    ]
 
 
 def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
     parts = (
-        ("The oracle differs or can't judge", [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"]),
+        (
+            "The oracle differs or can't judge",
+            [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"],
+        ),
         ("Another batch size", [(r, r["batch"]) for r in exact if r.get("batch") not in ("ok", "fixed", None)]),
-        ("Train mode: outputs, gradients, buffers", [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)]),
-        ("Frozen for another reason than an output", [(r, f"{r['free']:.2f} can shrink. " + "; ".join((r["unknown"] or r["frozen"])[:2])) for r in exact if r["free"] < 0.97]),
+        (
+            "Train mode: outputs, gradients, buffers",
+            [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)],
+        ),
+        (
+            "Frozen for another reason than an output",
+            [
+                (r, f"{r['free']:.2f} can shrink. " + "; ".join((r["unknown"] or r["frozen"])[:2]))
+                for r in exact
+                if r["free"] < 0.97
+            ],
+        ),
     )
     for title, found in parts:
         if found:
             lines += ["", f"## {title}", "", "| model | |", "|---|---|"]
-            lines += [f"| {r['name']} | {_cell(str(text))[:260]} |" for r, text in sorted(found, key=lambda pair: pair[0]["name"])]
+            lines += [
+                f"| {r['name']} | {_cell(str(text))[:260]} |"
+                for r, text in sorted(found, key=lambda pair: pair[0]["name"])
+            ]
     unknown = Counter(op for r in exact for op in {u.split(":")[0] + "::" + u.split(":")[2] for u in r["unknown"]})
     if unknown:
         lines += ["", "## Operators that froze channels", "", "| operator | models |", "|---|---|"]
@@ -249,7 +278,13 @@ def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
 def _models(lines: list[str], title: str, exact: Sequence[Record]) -> None:
     if not exact:
         return
-    lines += ["", f"## {title}", "", "| model | parameters | left at 50 % | left at 90 % | can shrink | but for outputs | time | oracle |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"## {title}",
+        "",
+        "| model | parameters | left at 50 % | left at 90 % | can shrink | but for outputs | time | oracle |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in sorted(exact, key=lambda r: r["name"]):
         lines.append(
             f"| {r['name'].split(':', 1)[1]} | {r['parameters']:,} | {r['left 0.5']:.2f} | {r['left 0.9']:.3f} | {r['prunable']:.3f} | "

@@ -72,7 +72,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no checkpoint; expected a file that save() wrote")
     try:
-        with safe_open(str(path), framework="pt") as f:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as f:
             metadata: dict[str, str] = f.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {metadata.get('format')!r}")
@@ -109,7 +109,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

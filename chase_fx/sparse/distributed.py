@@ -42,11 +42,12 @@ def rank() -> int:
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The module inside wrappers of ``torch.compile`` and DDP, and the DDP wrapper or ``None``."""
-    ddp = None
+    ddp: DistributedDataParallel | None = None
     while True:
         inner = getattr(module, "_orig_mod", None)  # what torch.compile gives has no public name for it
         if isinstance(module, DistributedDataParallel):
-            module, ddp = module.module, module
+            ddp = module
+            module = ddp.module
         elif isinstance(inner, nn.Module):
             module = inner
         else:
@@ -128,7 +129,7 @@ def agree(what: str, tensors: Iterable[Tensor], *values: Any) -> None:
     digest = hashlib.sha256(json.dumps(values, default=repr).encode())
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     mine = torch.tensor([int.from_bytes(digest.digest()[:8], "little", signed=True)], device=_device())
     everyone = [torch.zeros_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
@@ -161,12 +162,11 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     hooks = {key: value for key, value in vars(ddp).items() if "_hooks" in key and isinstance(value, dict)}
     communication = list(getattr(ddp, "_comm_hooks", ()))
     training = ddp.training
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
     skipped = {"self", "module", "bucket_cap_mb", "init_sync", "device_mesh", "process_group"}
-    options = {
-        name: getattr(ddp, name)
-        for name in inspect.signature(DistributedDataParallel.__init__).parameters
-        if name not in skipped and hasattr(ddp, name)
-    }
+    if "forward_sync_buffers" in known:
+        skipped.add("broadcast_buffers")  # its deprecated name
+    options = {name: getattr(ddp, name) for name in known if name not in skipped and hasattr(ddp, name)}
     if not getattr(ddp, "bucket_bytes_cap_default", True):
         options["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
     DistributedDataParallel.__init__(ddp, ddp.module, init_sync=False, process_group=ddp.process_group, **options)

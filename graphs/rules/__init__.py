@@ -49,6 +49,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (contraction.attention, "scaled_dot_product_attention"),
     (contraction.total, "sum nansum"),
     (contraction.norm, "linalg_vector_norm"),
+    (contraction.old_norm, "norm"),
+    (contraction.weight_norm, "_weight_norm_interface"),
+    (contraction.trilinear, "_trilinear"),
     # normaliser
     (normaliser.batch_norm, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (normaliser.batch_norm, "_native_batch_norm_legit_functional cudnn_batch_norm miopen_batch_norm"),
@@ -65,6 +68,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (reshape.channel_shuffle, "channel_shuffle native_channel_shuffle"),
     (reshape.pixel_shuffle, "pixel_shuffle"),
     (reshape.pixel_unshuffle, "pixel_unshuffle"),
+    (reshape.as_real, "view_as_real"),
+    (reshape.as_complex, "view_as_complex"),
     # movement
     (movement.identity, "detach alias contiguous detach_copy alias_copy conj _conj resolve_conj resolve_neg real"),
     (movement.permute, "permute"),
@@ -78,7 +83,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (movement.slice_, "slice"),
     (movement.select, "select"),
     (movement.unbind, "unbind"),
-    (movement.split, "split split_with_sizes"),
+    (movement.split, "split split_with_sizes unsafe_split unsafe_split_with_sizes"),
     (movement.pad, "constant_pad_nd"),
     (movement.flip, "flip"),
     (movement.roll, "roll"),
@@ -90,6 +95,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (movement.restride, "as_strided"),
     # lookup
     (lookup.embedding, "embedding"),
+    (lookup.embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
     (lookup.index_select, "index_select"),
     (lookup.gather, "gather"),
     (lookup.index, "index _unsafe_index"),
@@ -107,6 +113,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (spatial.over_last(3), "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d"),
     (spatial.grid_sample, "grid_sampler_2d grid_sampler_3d grid_sampler cudnn_grid_sampler"),
     (spatial.im2col, "im2col"),
+    (spatial.col2im, "col2im"),
+    (spatial.transform, "_fft_r2c _fft_c2c _fft_c2r"),
     # factory
     (factory.constant, "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided"),
     (factory.fixed, "arange linspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),

@@ -188,3 +188,58 @@ def norm(op: LabelledOp) -> Labels | Refusal:
     for d in dims:
         op.contract(x, d)
     return reduced_labels(op, x, dims)
+
+
+def old_norm(op: LabelledOp) -> Labels | Refusal:
+    """``norm(x, p, dim, keepdim)``: as :func:`norm`, under its older name."""
+    x, order = op.arg(0, "self"), op.named("p", 2)
+    if order is not None and not 0 < float(order) < float("inf"):
+        return Refusal(f"a norm of order {order} is no sum of powers")
+    dims = reduced_dims(x, op.named("dim"))
+    for d in dims:
+        op.contract(x, d)
+    return reduced_labels(op, x, dims)
+
+
+def weight_norm(op: LabelledOp) -> Sequence[Labels]:
+    """``_weight_norm_interface(v, g, dim)``: v times g over the norm of v along every other dim.
+
+    v: (O, I, *k), g: (O, 1, ...) for dim = 0 -> w like v, norms like g
+    """
+    v, g, dim = op.arg(0, "v"), op.arg(1, "g"), int(op.arg(2, "dim", 0)) % len(op.arg(0, "v").shape)
+    labels = op[v]
+    for d, axis in enumerate(op[g]):
+        if axis.size == labels[d].size:
+            op.tie(labels[d], axis)
+    for d in range(len(labels)):
+        if d != dim:
+            op.contract(v, d)
+    return [labels, op[g]]
+
+
+def trilinear(op: LabelledOp) -> Labels:
+    """``_trilinear(a, b, c, expand_a, expand_b, expand_c, sum)``: a product of three, summed over dims (bilinear layers).
+
+    Each operand gets dims of size 1 at its ``expand``; then sizes are equal or 1.
+    """
+    operands = [op.arg(i, f"i{i + 1}") for i in range(3)]
+    inserted = [[int(d) for d in op.arg(i + 3, f"expand{i + 1}")] for i in range(3)]
+    rank = len(operands[0].shape) + len(inserted[0])
+    summed = [int(d) for d in op.arg(6, "sumdim")]
+    out: list[Axis] = []
+    for d in range(rank):
+        found: list[tuple[Slot, int]] = []
+        for slot, extra in zip(operands, inserted, strict=True):
+            if d not in extra:
+                found.append((slot, d - sum(e < d for e in extra)))
+        sized = [(slot, k) for slot, k in found if slot.shape[k] != 1]
+        for slot, k in sized[1:]:
+            op.tie(op[sized[0][0]][sized[0][1]], op[slot][k])
+        if d in summed:
+            if sized:
+                op.contract(*sized[0])
+        else:
+            out.append(op[sized[0][0]][sized[0][1]] if sized else op.fixed(1, "size 1"))
+    for axis in op[operands[1]][:1]:
+        op.produce(axis)
+    return tuple(out)

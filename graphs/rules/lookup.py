@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 
-__all__ = ["embedding", "gather", "index", "index_add", "index_put", "index_select", "masked_fill", "scatter"]
+__all__ = [
+    "embedding",
+    "embedding_bag",
+    "gather",
+    "index",
+    "index_add",
+    "index_put",
+    "index_select",
+    "masked_fill",
+    "scatter",
+]
 
 
 def embedding(op: LabelledOp) -> Labels:
@@ -16,6 +26,15 @@ def embedding(op: LabelledOp) -> Labels:
     op.freeze(op[w][0], "rows are looked up by index")
     op.produce(op[w][1])
     return (*op[indices], op[w][1])
+
+
+def embedding_bag(op: LabelledOp) -> Sequence[Labels]:
+    """``_embedding_bag(w, indices, offsets, ...)``: rows of w (V, C) summed or averaged in bags -> (B, C)."""
+    w = op.arg(0, "weight")
+    op.freeze(op[w][0], "rows are looked up by index")
+    op.produce(op[w][1])
+    outs: list[Labels] = [(op.fixed(op.out.shape[0], "bags"), op[w][1])]
+    return outs + [tuple(op.fixed(n, "bookkeeping") for n in out.shape) for out in op.op.outs[1:]]
 
 
 def index_select(op: LabelledOp) -> Labels:

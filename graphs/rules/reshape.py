@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from chase_fx.graphs.axes import Axis, Prod
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
+__all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 
 
 def reshape(op: LabelledOp) -> Labels:
@@ -55,11 +55,11 @@ def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labe
 
 
 def channel_shuffle(op: LabelledOp) -> Labels:
-    """x: (N, G*C, *s) -> (N, C*G, *s); the group count is an argument that stays, so groups are frozen."""
+    """x: (N, G*C, *s) -> (N, C*G, *s)."""
     x, groups = op.arg(0, "self"), int(op.arg(1, "groups"))
     labels = op[x]
     group, inner = op.split(labels[1], groups, labels[1].size // groups)
-    op.freeze(group, "the number of groups to shuffle")
+    op.facts.notes["groups"] = group
     return (labels[0], Prod((inner, group)), *labels[2:])
 
 
@@ -81,3 +81,15 @@ def pixel_unshuffle(op: LabelledOp) -> Labels:
     for axis in labels[-2:]:
         op.freeze(axis, "not a channel dim")
     return (*labels[:-3], Prod((labels[-3], op.fixed(r * r, "pixels"))), *(op.fixed(n) for n in op.out.shape[-2:]))
+
+
+def as_real(op: LabelledOp) -> Labels:
+    """``view_as_real``: a complex number becomes two indices of a new last dim."""
+    return (*op[op.arg(0, "self")], op.fixed(2, "real and imaginary"))
+
+
+def as_complex(op: LabelledOp) -> Labels:
+    """``view_as_complex``: the last dim, of size 2, becomes a complex number."""
+    labels = op[op.arg(0, "self")]
+    op.freeze(labels[-1], "real and imaginary")
+    return labels[:-1]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from chase_fx.graphs.axes import Prod
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["grid_sample", "im2col", "over_last"]
+__all__ = ["col2im", "grid_sample", "im2col", "over_last", "transform"]
 
 
 def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
@@ -41,3 +41,30 @@ def im2col(op: LabelledOp) -> Labels:
         op.freeze(axis, "not a channel dim")
     window = op.out.shape[-2] // labels[-3].size
     return (*labels[:-3], Prod((labels[-3], op.fixed(window, "a window"))), op.fixed(op.out.shape[-1]))
+
+
+def col2im(op: LabelledOp) -> Labels:
+    """x: (..., C*k*k, L) -> (..., C, H, W): windows become pixels again, so their k*k places stay."""
+    x = op.arg(0, "self")
+    labels = op[x]
+    window = 1
+    for k in op.arg(2, "kernel_size"):
+        window *= int(k)
+    channels, places = op.split(labels[-2], labels[-2].size // window, window)
+    op.freeze(places, "they become pixels")
+    op.freeze(labels[-1], "not a channel dim")
+    return (*labels[:-2], channels, *(op.fixed(n) for n in op.out.shape[-2:]))
+
+
+def transform(op: LabelledOp) -> Labels:
+    """``_fft_r2c``, ``_fft_c2c``, ``_fft_c2r``: the transformed dims are frozen, the others pass."""
+    x = op.arg(0, "self")
+    dims = {int(d) % len(x.shape) for d in op.arg(1, "dim")}
+    labels = []
+    for d, axis in enumerate(op[x]):
+        if d in dims:
+            op.freeze(axis, "a Fourier transform runs over it")
+            labels.append(op.fixed(op.out.shape[d], "frequencies"))
+        else:
+            labels.append(axis)
+    return tuple(labels)

@@ -35,7 +35,7 @@ def arm(place: str) -> None:
 
     def torn(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
         save(tensors, path, metadata)
-        os.truncate(path, os.path.getsize(path) // 2)
+        os.truncate(path, Path(path).stat().st_size // 2)
         die()
 
     def counted(source: Path, target: Path) -> None:
@@ -81,7 +81,8 @@ def main(folder: Path, live_shrink: bool, place: str = "", at: int = 0) -> None:
         if place and trainer.steps_done == at:
             arm(place)
         trainer.save(path, **others)
-        print(trainer.steps_done, flush=True)
+        sys.stdout.write(f"{trainer.steps_done}\n")
+        sys.stdout.flush()
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"average.{k}": v for k, v in average.state_dict().items()}
     state |= {f"mask.{k}": v for k, v in trainer.masks.items()}

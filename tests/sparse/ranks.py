@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from chase_fx.errors import ArgumentError
+from chase_fx.errors import ArgumentError, CheckpointError
 from chase_fx.sparse import SET, SNIP, Chase, RanksDisagreeError, RigL
 from tests.sparse.hand_net import Channels, Group, Member, one_to_one
 
@@ -89,7 +90,8 @@ class Run:
             self.optimizer.step()
             self.trainer.step()
             self.optimizer.zero_grad()
-            self.check_ranks()
+            if self.wrap != "no one":
+                self.check_ranks()
         return self
 
     def check_ranks(self) -> None:
@@ -124,15 +126,6 @@ RUNS: dict[str, Callable[[], Run]] = {
 }
 
 
-def refused(error: type[Exception], words: str, action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except error as e:
-        assert words in str(e), e
-    else:
-        raise AssertionError(f"no {error.__name__}")
-
-
 def resume(folder: Path) -> None:
     """Both ranks save, go on, and are met by a run that restores; each rank has its own random numbers."""
     first = Run(update_interval=3, live_shrink=True).step(13)
@@ -149,7 +142,8 @@ def resume(folder: Path) -> None:
     if world()[0] == 1:
         (folder / "damaged").write_bytes(b"")
     dist.barrier()
-    refused(Exception, "damaged", lambda: Run(live_shrink=True).trainer.restore(folder / "damaged"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        Run(live_shrink=True).trainer.restore(folder / "damaged")
 
 
 def sharded() -> None:
@@ -158,7 +152,8 @@ def sharded() -> None:
     net = PlainNet()
     fully_shard(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    refused(ArgumentError, "sharded", lambda: Chase(net, optimizer, total_steps=5, channel_sparsity=0.0))
+    with pytest.raises(ArgumentError, match="sharded"):
+        Chase(net, optimizer, total_steps=5, channel_sparsity=0.0)
 
 
 def main(folder: Path) -> None:
@@ -170,9 +165,12 @@ def main(folder: Path) -> None:
             save_file({key: value.contiguous() for key, value in result.items()}, folder / f"{name}.safetensors")
     resume(folder)
     # Without averaging the weights of the ranks part, and so do the masks that they rank: noticed in the first update.
-    refused(RanksDisagreeError, "different masks", lambda: Run(wrap="none", update_interval=3).step())
-    refused(RanksDisagreeError, "different settings", lambda: Run(update_interval=3 + rank))
-    refused(RanksDisagreeError, "different settings", lambda: Run(channel_score="random", seed=rank))
+    with pytest.raises(RanksDisagreeError, match="different masks"):
+        Run(wrap="no one", update_interval=3).step()
+    with pytest.raises(RanksDisagreeError, match="different settings"):
+        Run(update_interval=3 + rank)
+    with pytest.raises(RanksDisagreeError, match="different settings"):
+        Run(channel_score="random", seed=rank)
     sharded()
     (folder / f"done {rank}").touch()
     dist.barrier()
@@ -180,5 +178,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("default")
+    warnings.simplefilter("error", FutureWarning)
     main(Path(sys.argv[1]))

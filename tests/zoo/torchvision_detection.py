@@ -1,7 +1,6 @@
-"""The detection, segmentation and video models of torchvision.
+"""The detection, segmentation, video and optical flow models of torchvision.
 
-Of a detector the backbone is judged (what follows depends on data), and the whole model where it can be captured is left
-to the tests of capture.
+Of a detector the backbone is judged: what follows depends on the data.
 """
 
 from __future__ import annotations
