@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".matrix" / "records.jsonl"
@@ -101,7 +101,11 @@ class Worker(threading.Thread):
 
     def _process(self, names: Sequence[str]) -> int:
         """Judge ``names`` in a process of their own; how many have a record when it ends."""
-        judged, log = 0, tempfile.TemporaryFile("w+")
+        with tempfile.TemporaryFile("w+") as log:
+            return self._converse(names, log)
+
+    def _converse(self, names: Sequence[str], log: IO[str]) -> int:
+        judged = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.matrix", "--worker", *names]
         with subprocess.Popen(
@@ -155,11 +159,10 @@ def run(names: Sequence[str], cache: Path, jobs: int, timeout: float) -> None:
         record = {**done.get(), "code": code}
         with cache.open("a") as f:
             f.write(json.dumps(record) + "\n")
-        left = (time.monotonic() - start) / number * (len(names) - number)
-        print(
-            f"{number}/{len(names)} {record['state']:9}{record['name']}  {record.get('reason', '')[:150]}  ({left / 60:.0f} min left)",
-            flush=True,
-        )
+        left = (time.monotonic() - start) / number * (len(names) - number) / 60
+        line = f"{number}/{len(names)} {record['state']:9}{record['name']}  {record.get('reason', '')[:150]}"
+        sys.stdout.write(f"{line}  ({left:.0f} min left)\n")
+        sys.stdout.flush()
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
@@ -187,109 +190,112 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _short(record: Record) -> str:
-    return _cell(record.get("reason", ""))[:260]
+SUMMARY = """# Coverage
+
+Written by `make matrix` (`python -m tests.matrix`); do not edit. Each model is captured, pruned to 50 % and to 90 % of
+its channels without any option, and compared in double precision with the masked dense graph (at most 1e-9 relative
+difference) and with an oracle that knows no labels (`tests/kept_means.py`).
+
+- **exact**: both sparsities agree with the masked reference, and the traced graph with the model.
+- **refused**: an error with its reason; nothing was changed. **mismatch**: `verify` found a difference and raised.
+- **can shrink**: share of the parameters that some plan makes smaller. **but for outputs**: the same, and those counted
+  too that only keep their size because an output of the model has it, or that the forward never uses.
+- **time**: trace, analyze, plan and rewrite, in forwards of the same model and inputs (tiny models: mostly overhead).
+
+Medians are over the exact models."""
+
+HEAD = (
+    "corpus", "models", "exact", "refused", "mismatch", "crashed", "oracle: exact / differs / unjudged", "left at 50 %",
+    "left at 90 %", "can shrink", "but for outputs", "time",
+)  # fmt: skip
+MODEL = ("model", "parameters", "left at 50 %", "left at 90 %", "can shrink", "but for outputs", "time", "oracle")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(_cell(str(cell)) for cell in row) + " |" for row in rows),
+    ]
 
 
 def page(records: dict[str, Record]) -> str:
     """docs/coverage.md."""
     corpora = {prefix: [r for n, r in records.items() if n.split(":")[0] == prefix] for prefix in TITLES}
-    lines = [
-        "# Coverage",
-        "",
-        "Written by `make matrix` (`python -m tests.matrix`); do not edit. Each model is captured, pruned to 50 % and to 90 % of",
-        "its channels without any option, and compared in double precision with the masked dense graph (at most 1e-9 relative",
-        "difference) and with an oracle that knows no labels (`tests/kept_means.py`).",
-        "",
-        "- **exact**: both sparsities agree with the masked reference, and the traced graph with the model.",
-        "- **refused**: an error with its reason; nothing was changed. **mismatch**: `verify` found a difference and raised.",
-        "- **can shrink**: share of parameters that some plan makes smaller. **but for outputs**: those that only keep their size",
-        "  because an output of the model has it, or that the forward never uses, counted as well.",
-        "- **time**: trace, analyze, plan and rewrite, in forwards of the same model and inputs (tiny models: mostly overhead).",
-        "",
-        "| corpus | models | exact | refused | mismatch | crashed | oracle: exact / differs / unjudged | left at 50 % | left at 90 % | can shrink | but for outputs | time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = [*((TITLES[p], rs) for p, rs in corpora.items()), ("**all**", [r for rs in corpora.values() for r in rs])]
-    for title, rs in rows:
-        states = Counter(r["state"] for r in rs)
-        exact = [r for r in rs if r["state"] == "exact"]
-        oracle = Counter(judged_by_oracle(r) for r in exact)
-        broken = sum(states[s] for s in ("crashed", "timeout", "unbuilt"))
-        lines.append(
-            f"| {title} | {len(rs)} | {states['exact']} | {states['refused']} | {states['mismatch']} | {broken} | "
-            f"{oracle['exact']} / {oracle['differs']} / {oracle['unjudged']} | "
-            f"{_median(r['left 0.5'] for r in exact):.2f} | {_median(r['left 0.9'] for r in exact):.3f} | "
-            f"{_median(r['prunable'] for r in exact):.3f} | {_median(r['free'] for r in exact):.3f} | {_median(map(forwards, exact)):.0f} |"
-        )
     everything = [r for rs in corpora.values() for r in rs]
+    lines = SUMMARY.splitlines()
+    titled = [*((TITLES[p], rs) for p, rs in corpora.items()), ("**all**", everything)]
+    lines += _table(HEAD, [_summary(title, rs) for title, rs in titled])
     _not_exact(lines, everything)
     _remarks(lines, [r for r in everything if r["state"] == "exact"])
     for prefix, rs in corpora.items():
-        _models(lines, TITLES[prefix], [r for r in rs if r["state"] == "exact"])
+        exact = sorted((r for r in rs if r["state"] == "exact"), key=lambda r: r["name"])
+        if exact:
+            lines += ["", f"## {TITLES[prefix]}"]
+            lines += _table(MODEL, map(_model, exact))
     return "\n".join(lines) + "\n"
 
 
+def _summary(title: str, records: Sequence[Record]) -> tuple[object, ...]:
+    states = Counter(r["state"] for r in records)
+    exact = [r for r in records if r["state"] == "exact"]
+    oracle = Counter(judged_by_oracle(r) for r in exact)
+    broken = sum(states[s] for s in ("crashed", "timeout", "unbuilt"))
+    return (
+        title,
+        len(records),
+        *(states[s] for s in ("exact", "refused", "mismatch")),
+        broken,
+        f"{oracle['exact']} / {oracle['differs']} / {oracle['unjudged']}",
+        f"{_median(r['left 0.5'] for r in exact):.2f}",
+        f"{_median(r['left 0.9'] for r in exact):.3f}",
+        f"{_median(r['prunable'] for r in exact):.3f}",
+        f"{_median(r['free'] for r in exact):.3f}",
+        f"{_median(map(forwards, exact)):.0f}",
+    )
+
+
+def _model(r: Record) -> tuple[object, ...]:
+    return (
+        r["name"].split(":", 1)[1],
+        f"{r['parameters']:,}",
+        f"{r['left 0.5']:.2f}",
+        f"{r['left 0.9']:.3f}",
+        f"{r['prunable']:.3f}",
+        f"{r['free']:.3f}",
+        f"{forwards(r):.0f}",
+        judged_by_oracle(r),
+    )
+
+
 def _not_exact(lines: list[str], records: Sequence[Record]) -> None:
-    lines += ["", "## Not exact", ""]
-    bad = [r for r in records if r["state"] != "exact"]
-    if not bad:
-        lines.append("None.")
-        return
-    lines += ["| model | state | reason |", "|---|---|---|"]
-    lines += [
-        f"| {r['name']} | {r['state']} | {_short(r)} |" for r in sorted(bad, key=lambda r: (r["state"], r["name"]))
-    ]
+    bad = sorted((r for r in records if r["state"] != "exact"), key=lambda r: (r["state"], r["name"]))
+    lines += ["", "## Not exact"]
+    lines += _table(("model", "state", "reason"), [(r["name"], r["state"], r.get("reason", "")[:260]) for r in bad])
 
 
 def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
-    parts = (
-        (
-            "The oracle differs or can't judge",
-            [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"],
-        ),
-        ("Another batch size", [(r, r["batch"]) for r in exact if r.get("batch") not in ("ok", "fixed", None)]),
-        (
-            "Train mode: outputs, gradients, buffers",
-            [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)],
-        ),
-        (
-            "Frozen for another reason than an output",
-            [
-                (r, f"{r['free']:.2f} can shrink. " + "; ".join((r["unknown"] or r["frozen"])[:2]))
-                for r in exact
-                if r["free"] < 0.97
-            ],
-        ),
-    )
-    for title, found in parts:
-        if found:
-            lines += ["", f"## {title}", "", "| model | |", "|---|---|"]
-            lines += [
-                f"| {r['name']} | {_cell(str(text))[:260]} |"
-                for r, text in sorted(found, key=lambda pair: pair[0]["name"])
-            ]
-    unknown = Counter(op for r in exact for op in {u.split(":")[0] + "::" + u.split(":")[2] for u in r["unknown"]})
-    if unknown:
-        lines += ["", "## Operators that froze channels", "", "| operator | models |", "|---|---|"]
-        lines += [f"| `{op}` | {number} |" for op, number in unknown.most_common()]
-
-
-def _models(lines: list[str], title: str, exact: Sequence[Record]) -> None:
-    if not exact:
-        return
-    lines += [
-        "",
-        f"## {title}",
-        "",
-        "| model | parameters | left at 50 % | left at 90 % | can shrink | but for outputs | time | oracle |",
-        "|---|---|---|---|---|---|---|---|",
+    oracle = [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"]
+    batch = [(r, r["batch"]) for r in exact if r.get("batch") not in ("ok", "fixed", None)]
+    train = [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)]
+    frozen = [
+        (r, f"{r['free']:.2f}: {'; '.join((r['unknown'] or r['frozen'])[:2])}") for r in exact if r["free"] < 0.97
     ]
-    for r in sorted(exact, key=lambda r: r["name"]):
-        lines.append(
-            f"| {r['name'].split(':', 1)[1]} | {r['parameters']:,} | {r['left 0.5']:.2f} | {r['left 0.9']:.3f} | {r['prunable']:.3f} | "
-            f"{r['free']:.3f} | {forwards(r):.0f} | {judged_by_oracle(r)} |"
-        )
+    parts = {
+        "The oracle differs or can't judge": oracle,
+        "Another batch size": batch,
+        "Train mode: outputs, gradients, buffers": train,
+        "Frozen for another reason than an output": frozen,
+    }
+    for title, found in parts.items():
+        if found:
+            rows = [(r["name"], str(text)[:260]) for r, text in sorted(found, key=lambda pair: pair[0]["name"])]
+            lines += ["", f"## {title}", *_table(("model", ""), rows)]
+    unknown = Counter(op for r in exact for op in {u.split(": ")[0] for u in r["unknown"]})
+    if unknown:
+        lines += ["", "## Operators that froze channels"]
+        lines += _table(("operator", "models"), [(f"`{op}`", number) for op, number in unknown.most_common()])
 
 
 # -- command line -------------------------------------------------------------------------------------------------------
@@ -327,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page(judged))
     wrong = [name for name in wanted if judged.get(name, {}).get("state") not in ("exact", "refused")]
-    print(f"{len(judged)} models, {sum(r['state'] == 'exact' for r in judged.values())} exact; see {options.page}")
+    exact = sum(record["state"] == "exact" for record in judged.values())
+    sys.stdout.write(f"{len(judged)} models, {exact} exact; see {options.page}\n")
     return 1 if wrong else 0
 
 

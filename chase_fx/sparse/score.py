@@ -27,9 +27,12 @@ def magnitude(weights: SparseWeights, where: Sequence[Tensor], generator: torch.
 
 
 def gradient(weights: SparseWeights, where: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """``|dL/dw|`` of the last backward pass, also at places that are not active (Evci et al., arXiv 1911.11134)."""
+    """``|dL/dw|`` of the last backward pass, also at places that are not active (Evci et al., arXiv 1911.11134).
+
+    What is not finite counts as 0: a GradScaler lets single steps overflow, and they shall decide nothing.
+    """
     del generator
-    return [value.abs_() for value in weights.pick(weights.gradients(), where)]
+    return [value.abs_().nan_to_num_(0, 0, 0) for value in weights.pick(weights.gradients(), where)]
 
 
 def saliency(weights: SparseWeights, where: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -37,7 +40,7 @@ def saliency(weights: SparseWeights, where: Sequence[Tensor], generator: torch.G
     del generator
     values = weights.pick(weights.parameters, where)
     slopes = weights.pick(weights.gradients(), where)
-    return [value.mul_(slope).abs_() for value, slope in zip(values, slopes, strict=True)]
+    return [value.mul_(slope).abs_().nan_to_num_(0, 0, 0) for value, slope in zip(values, slopes, strict=True)]
 
 
 def random(weights: SparseWeights, where: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -104,7 +104,7 @@ def taylor(units: Units, alive: Alive) -> Tensor:
     total = torch.zeros(units.group.size, dtype=torch.float64)
     for part in units.producers:
         if part.parameter.grad is not None:
-            total += part.per_unit(part.parameter.detach() * part.parameter.grad)
+            total += part.per_unit(_finite(part.parameter.detach() * part.parameter.grad))
     return total.abs()
 
 
@@ -128,8 +128,13 @@ def gradient_flow(units: Units, alive: Alive) -> Tensor:
     for part in units.producers:
         entries += part.entries(alive)
         if part.parameter.grad is not None:
-            total += part.per_unit(part.parameter.grad.square())
+            total += part.per_unit(_finite(part.parameter.grad.square()))
     return (total / entries.clamp(min=1)).sqrt()
+
+
+def _finite(values: Tensor) -> Tensor:
+    """A step that overflowed (GradScaler lets single ones) must not send channels away for good."""
+    return values.nan_to_num(0, 0, 0)
 
 
 class Activation:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +45,8 @@ class Loop:
         self.optimizer = OPTIMIZERS[optimizer](self.net.parameters())
         self.trainer = Chase(
             self.net, self.optimizer, total_steps=total_steps, sparsity=0.6, channel_sparsity=0.6,
-            update_interval=max(1, total_steps // 20), channel_interval=max(1, total_steps // 10), channels=channels_of(self.net),
-            rewrite=rewrite, live_shrink=live_shrink, shrink=Shrinker() if live_shrink else None,
+            update_interval=max(1, total_steps // 20), channel_interval=max(1, total_steps // 10),
+            channels=channels_of(self.net), rewrite=rewrite, live_shrink=live_shrink, shrink=Shrinker() if live_shrink else None,
         )  # fmt: skip
         self.dtype, self.shapes = dtype, set()
 
@@ -57,13 +54,13 @@ class Loop:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(6, 3, 5, 5, generator=generator, dtype=torch.float64).to(self.dtype)
         y = torch.randint(10, (6,), generator=generator)
-        return nn.functional.cross_entropy((forward or self.net)(x), y)
+        return nn.functional.cross_entropy((self.net if forward is None else forward)(x), y)
 
     def after(self) -> None:
         self.optimizer.step()
         self.trainer.step()
         self.optimizer.zero_grad()
-        self.shapes.add((self.net.stem.out_channels and self.net.stem.weight.shape[0], self.net.conv1.weight.shape[0]))
+        self.shapes.add((self.net.stem.weight.shape[0], self.net.conv1.weight.shape[0]))
 
 
 def same_end(masked: Loop, shrunk: Loop) -> None:
