@@ -71,7 +71,9 @@ def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:
     if not hasattr(value, "__dict__"):
         return value
     out = copy.copy(value)
+    if out is value or not hasattr(out, "__dict__"):
+        return value
     memo[id(value)] = out
-    for key, item in vars(value).items():
+    for key, item in list(vars(value).items()):
         out.__dict__[key] = _walk(item, memo, replace)
     return out

@@ -155,6 +155,8 @@ def _grow_read(graph: Graph, node: Node, labels: LabelsOf, counts: Counts) -> No
         mark = graph.call_function(int, (0,))
     with graph.inserting_before(mark):
         dense = counts.grow(graph, node, chosen)
+    if "value" in node.meta:
+        dense.meta["value"] = node.meta["value"]
     graph.erase_node(mark)
     for user in users:
         user.args = _swap(user.args, node, dense)

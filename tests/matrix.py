@@ -60,7 +60,7 @@ def load(cache: Path) -> dict[str, Record]:
     return {record["name"]: record for record in records}
 
 
-# -- workers ------------------------------------------------------------------------------------------------------------
+# -- workers -----------------------------------------------------------------------------------------------------------
 
 
 def work(names: Iterable[str]) -> None:
@@ -165,7 +165,7 @@ def run(names: Sequence[str], cache: Path, jobs: int, timeout: float) -> None:
         sys.stdout.flush()
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def judged_by_oracle(record: Record) -> str:
@@ -298,7 +298,7 @@ def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
         lines += _table(("operator", "models"), [(f"`{op}`", number) for op, number in unknown.most_common()])
 
 
-# -- command line -------------------------------------------------------------------------------------------------------
+# -- command line ------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:

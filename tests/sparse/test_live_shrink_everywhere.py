@@ -46,7 +46,8 @@ class Loop:
         self.trainer = Chase(
             self.net, self.optimizer, total_steps=total_steps, sparsity=0.6, channel_sparsity=0.6,
             update_interval=max(1, total_steps // 20), channel_interval=max(1, total_steps // 10),
-            channels=channels_of(self.net), rewrite=rewrite, live_shrink=live_shrink, shrink=Shrinker() if live_shrink else None,
+            channels=channels_of(self.net), rewrite=rewrite, live_shrink=live_shrink,
+            shrink=Shrinker() if live_shrink else None,
         )  # fmt: skip
         self.dtype, self.shapes = dtype, set()
 
