@@ -115,13 +115,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
             SpecializationWarning,
             stacklevel=2,
         )
-    structure: dict[str, tuple[int, ...]] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, tensor in _named_tensors(root):
-        structure[name] = tuple(tensor.shape)
-        if first.setdefault(id(tensor), name) != name:
-            aliases[name] = first[id(tensor)]
+    structure, aliases = _structure(root)
     info = TraceInfo(
         model=type(model).__name__,
         captures=tuple(captures),
@@ -134,6 +128,18 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         train_error=train_error,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+
+
+def _structure(root: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by name, and the first name of every tensor that has several."""
+    structure: dict[str, tuple[int, ...]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in _named_tensors(root):
+        structure[name] = tuple(tensor.shape)
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return structure, aliases
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,7 +222,7 @@ def _record(
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
-            p.requires_grad_(requires_grad=False)
+            p.requires_grad = False
         with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, positional, expect)
             with recorder.running():
@@ -232,7 +238,7 @@ def _record(
         ) from e
     finally:
         for p in trainable:
-            p.requires_grad_(requires_grad=True)
+            p.requires_grad = True
         torch.set_rng_state(rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)

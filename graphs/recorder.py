@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
                 return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]  # while recording
+        torch.autograd.Function.apply = classmethod(apply)  # while recording
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         nn.Module.__call__ = call  # type: ignore[method-assign]  # while recording

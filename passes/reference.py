@@ -50,7 +50,7 @@ class MaskedReference(Interpreter):
         self.masks = masks
         self.values: dict[str, torch.Tensor] = {}
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
         return next(self.args_iter)
 

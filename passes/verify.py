@@ -110,7 +110,7 @@ def _compare(
     for root in (traced, slim):
         root.eval()
     for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
     try:
         with torch.no_grad():
             reference = MaskedReference(traced, channels, 0, masks)
@@ -120,13 +120,13 @@ def _compare(
                 found = recorded.run(*_placed(recorded, inputs))
             except (RuntimeError, IndexError, TypeError, ValueError) as e:
                 raise VerificationError(
-                    f"the slim graph fails at node '{recorded.at}' ({type(e).__name__}: {e}); the dense one runs. This is "
-                    "a defect of Chase-FX or of a user-defined rule, not of your model: please report it",
+                    f"the slim graph fails at node '{recorded.at}' ({type(e).__name__}: {e}); the dense one runs. "
+                    "This is a defect of Chase-FX or of a user-defined rule, not of your model: please report it",
                     node=recorded.at,
                 ) from e
     finally:
         for parameter in trainable:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
         for mode in modes:
             for module, training in mode.items():
                 module.training = training
@@ -152,7 +152,7 @@ class _Recording(Interpreter):
         self.values: dict[str, torch.Tensor] = {}
         self.at = ""
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
         return next(self.args_iter)
 

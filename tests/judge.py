@@ -85,9 +85,15 @@ def flat(value: Any, *, objects: bool = True, seen: set[int] | None = None) -> I
         items = value
     elif _open(value, objects) and id(value) not in seen:
         seen.add(id(value))
-        items = vars(value).values()
+        items = [getattr(value, name) for name in _attributes(value)]
     for item in items:
         yield from flat(item, objects=objects, seen=seen)
+
+
+def _attributes(value: Any) -> list[str]:
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    return list(vars(value))
 
 
 def _open(value: Any, objects: bool) -> bool:

@@ -173,4 +173,16 @@ def expected_output(model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kw
         with thin:
             slim(*args, **kwargs)
         with _Calls(dense, thin):
-            return masked_copy(model, slim.plan.kept_indices())(*args, **kwargs)
+            return _masked(model, slim.plan.kept_indices())(*args, **kwargs)
+
+
+def _masked(model: nn.Module, kept: Mapping[str, tuple[Tensor | None, ...]]) -> nn.Module:
+    """A copy of ``model`` in which the removed slices of parameters, and of buffers such as position tables, are zero."""
+    masked = masked_copy(model, kept)
+    for name, buffer in masked.named_buffers():
+        for dim, indices in enumerate(kept.get(name, ())):
+            if indices is not None and buffer.is_floating_point():
+                gone = torch.ones(buffer.shape[dim], dtype=torch.bool)
+                gone[indices] = False
+                buffer.index_fill_(dim, gone.nonzero().flatten(), 0)
+    return masked

@@ -218,7 +218,7 @@ def weight_norm(op: LabelledOp) -> Sequence[Labels]:
 
 
 def trilinear(op: LabelledOp) -> Labels:
-    """``_trilinear(a, b, c, expand_a, expand_b, expand_c, sum)``: a product of three, summed over dims (bilinear layers).
+    """``_trilinear(a, b, c, expand_a, expand_b, expand_c, sum)``: a product of three, summed over dims.
 
     Each operand gets dims of size 1 at its ``expand``; then sizes are equal or 1.
     """

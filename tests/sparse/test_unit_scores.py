@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -284,8 +285,6 @@ def test_unknown_names_are_refused(run, options) -> None:
 
 def test_hooks_are_gone_after_finalize_and_silent_in_copies(run) -> None:
     done = run(Chase, total_steps=6, channel_interval=2, channel_score="activation")
-    import copy
-
     average = copy.deepcopy(done.net)
     done.step(1)
     average(torch.randn(1, 3, 5, 5, dtype=torch.float64))
