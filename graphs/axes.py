@@ -59,7 +59,7 @@ class Axis:
 class Atom(Axis):
     """``size`` units that nothing ties to each other. ``ref`` is what the atom was found to equal, once it was."""
 
-    __slots__ = ("carrier", "owner", "ref", "serial", "weak")
+    __slots__ = ("carrier", "least", "owner", "ref", "serial", "weak")
 
     def __init__(self, size: int, owner: AxisName, serial: int) -> None:
         self.size = size
@@ -67,6 +67,7 @@ class Atom(Axis):
         self.ref: Axis | None = None
         self.serial = serial
         self.carrier = False  # a head or a convolution group: the first choice of what to remove in a product
+        self.least = 1  # units that have to stay: a variance needs two
         self.weak = False  # born of an expand: the last choice
 
     def __repr__(self) -> str:
@@ -273,6 +274,7 @@ class Axes:
             old, new = (a, b) if a.serial < b.serial else (b, a)
             old.carrier = old.carrier or new.carrier
             old.weak = old.weak and new.weak
+            old.least = max(old.least, new.least)
             new.ref = old
         elif isinstance(a, Atom):
             self._bind(a, b)

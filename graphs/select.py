@@ -70,7 +70,7 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
         for others in contexts:
             need = max(need, density / math.prod(share.get(o, 1.0) for o in others))
         need = min(need, 1.0)
-        keep = max(1, min(group.size, math.floor(group.size * need + 0.5)))
+        keep = max(group.atom.least, min(group.size, math.floor(group.size * need + 0.5)))
         multiple = round_to
         for others in contexts:
             multiple = round_to // math.gcd(round_to, math.prod(_kept(o, share) for o in others) or 1)
@@ -166,7 +166,7 @@ def _tensor(channels: ChannelGraph, name: str) -> torch.Tensor:
 
 def _global_counts(channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]) -> dict[str, int]:
     """Spend the same total over all groups by rank; no group falls below a tenth of its share, nor below one unit."""
-    floors = {g.name: max(1, math.ceil(0.1 * counts[g.name])) for g in channels.groups}
+    floors = {g.name: max(g.atom.least, math.ceil(0.1 * counts[g.name])) for g in channels.groups}
     left = sum(counts.values()) - sum(floors.values())
     ranked = []
     for i, group in enumerate(channels.groups):

@@ -177,7 +177,7 @@ def expected_output(model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kw
 
 
 def _masked(model: nn.Module, kept: Mapping[str, tuple[Tensor | None, ...]]) -> nn.Module:
-    """A copy of ``model`` in which the removed slices of parameters, and of buffers such as position tables, are zero."""
+    """A copy of ``model`` without the removed slices of parameters and of buffers such as position tables: zeros."""
     masked = masked_copy(model, kept)
     for name, buffer in masked.named_buffers():
         for dim, indices in enumerate(kept.get(name, ())):

@@ -15,30 +15,21 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, Any
+from typing import IO
+
+from tests.coverage_page import Record, page
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".matrix" / "records.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
-Record = dict[str, Any]
-
-TITLES = {
-    "tv": "torchvision, classification",
-    "tvx": "torchvision, detection, segmentation, video",
-    "timm": "timm, every family",
-    "hf": "transformers",
-    "shape": "shapes of nets",
-}
 
 
 def digest() -> str:
@@ -163,139 +154,6 @@ def run(names: Sequence[str], cache: Path, jobs: int, timeout: float) -> None:
         line = f"{number}/{len(names)} {record['state']:9}{record['name']}  {record.get('reason', '')[:150]}"
         sys.stdout.write(f"{line}  ({left:.0f} min left)\n")
         sys.stdout.flush()
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def judged_by_oracle(record: Record) -> str:
-    """What the oracle says: exact, differs, or unjudged."""
-    found = [record.get("oracle 0.5"), record.get("oracle 0.9")]
-    if any(isinstance(f, float) and f > (1e-4 if record.get("precision") == "single" else 1e-9) for f in found):
-        return "differs"
-    return "exact" if all(isinstance(f, float) for f in found) else "unjudged"
-
-
-def forwards(record: Record) -> float:
-    """Time of trace, analyze, plan and rewrite in forwards of the model."""
-    return (record["trace"] + record["analyze"] + record["rewrite"]) / max(record["forward"], 1e-9)
-
-
-def _median(values: Iterable[float]) -> float:
-    found = list(values)
-    return statistics.median(found) if found else float("nan")
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-SUMMARY = """# Coverage
-
-Written by `make matrix` (`python -m tests.matrix`); do not edit. Each model is captured, pruned to 50 % and to 90 % of
-its channels without any option, and compared in double precision with the masked dense graph (at most 1e-9 relative
-difference) and with an oracle that knows no labels (`tests/kept_means.py`).
-
-- **exact**: both sparsities agree with the masked reference, and the traced graph with the model.
-- **refused**: an error with its reason; nothing was changed. **mismatch**: `verify` found a difference and raised.
-- **can shrink**: share of the parameters that some plan makes smaller. **but for outputs**: the same, and those counted
-  too that only keep their size because an output of the model has it, or that the forward never uses.
-- **time**: trace, analyze, plan and rewrite, in forwards of the same model and inputs (tiny models: mostly overhead).
-
-Medians are over the exact models."""
-
-HEAD = (
-    "corpus", "models", "exact", "refused", "mismatch", "crashed", "oracle: exact / differs / unjudged", "left at 50 %",
-    "left at 90 %", "can shrink", "but for outputs", "time",
-)  # fmt: skip
-MODEL = ("model", "parameters", "left at 50 %", "left at 90 %", "can shrink", "but for outputs", "time", "oracle")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    return [
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(_cell(str(cell)) for cell in row) + " |" for row in rows),
-    ]
-
-
-def page(records: dict[str, Record]) -> str:
-    """docs/coverage.md."""
-    corpora = {prefix: [r for n, r in records.items() if n.split(":")[0] == prefix] for prefix in TITLES}
-    everything = [r for rs in corpora.values() for r in rs]
-    lines = SUMMARY.splitlines()
-    titled = [*((TITLES[p], rs) for p, rs in corpora.items()), ("**all**", everything)]
-    lines += _table(HEAD, [_summary(title, rs) for title, rs in titled])
-    _not_exact(lines, everything)
-    _remarks(lines, [r for r in everything if r["state"] == "exact"])
-    for prefix, rs in corpora.items():
-        exact = sorted((r for r in rs if r["state"] == "exact"), key=lambda r: r["name"])
-        if exact:
-            lines += ["", f"## {TITLES[prefix]}"]
-            lines += _table(MODEL, map(_model, exact))
-    return "\n".join(lines) + "\n"
-
-
-def _summary(title: str, records: Sequence[Record]) -> tuple[object, ...]:
-    states = Counter(r["state"] for r in records)
-    exact = [r for r in records if r["state"] == "exact"]
-    oracle = Counter(judged_by_oracle(r) for r in exact)
-    broken = sum(states[s] for s in ("crashed", "timeout", "unbuilt"))
-    return (
-        title,
-        len(records),
-        *(states[s] for s in ("exact", "refused", "mismatch")),
-        broken,
-        f"{oracle['exact']} / {oracle['differs']} / {oracle['unjudged']}",
-        f"{_median(r['left 0.5'] for r in exact):.2f}",
-        f"{_median(r['left 0.9'] for r in exact):.3f}",
-        f"{_median(r['prunable'] for r in exact):.3f}",
-        f"{_median(r['free'] for r in exact):.3f}",
-        f"{_median(map(forwards, exact)):.0f}",
-    )
-
-
-def _model(r: Record) -> tuple[object, ...]:
-    return (
-        r["name"].split(":", 1)[1],
-        f"{r['parameters']:,}",
-        f"{r['left 0.5']:.2f}",
-        f"{r['left 0.9']:.3f}",
-        f"{r['prunable']:.3f}",
-        f"{r['free']:.3f}",
-        f"{forwards(r):.0f}",
-        judged_by_oracle(r),
-    )
-
-
-def _not_exact(lines: list[str], records: Sequence[Record]) -> None:
-    bad = sorted((r for r in records if r["state"] != "exact"), key=lambda r: (r["state"], r["name"]))
-    lines += ["", "## Not exact"]
-    lines += _table(("model", "state", "reason"), [(r["name"], r["state"], r.get("reason", "")[:260]) for r in bad])
-
-
-def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
-    oracle = [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"]
-    batch = [(r, r["batch"]) for r in exact if r.get("batch") not in ("ok", "fixed", None)]
-    train = [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)]
-    frozen = [
-        (r, f"{r['free']:.2f}: {'; '.join((r['unknown'] or r['frozen'])[:2])}") for r in exact if r["free"] < 0.97
-    ]
-    parts = {
-        "The oracle differs or can't judge": oracle,
-        "Another batch size": batch,
-        "Train mode: outputs, gradients, buffers": train,
-        "Frozen for another reason than an output": frozen,
-    }
-    for title, found in parts.items():
-        if found:
-            rows = [(r["name"], str(text)[:260]) for r, text in sorted(found, key=lambda pair: pair[0]["name"])]
-            lines += ["", f"## {title}", *_table(("model", ""), rows)]
-    unknown = Counter(op for r in exact for op in {u.split(": ")[0] for u in r["unknown"]})
-    if unknown:
-        lines += ["", "## Operators that froze channels"]
-        lines += _table(("operator", "models"), [(f"`{op}`", number) for op, number in unknown.most_common()])
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def agree(what: str, tensors: Iterable[Tensor], *values: Any) -> None:
     digest = hashlib.sha256(json.dumps(values, default=repr).encode())
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     mine = torch.tensor([int.from_bytes(digest.digest()[:8], "little", signed=True)], device=_device())
     everyone = [torch.zeros_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)

@@ -33,7 +33,6 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (pointwise.gated, "glu"),
     (pointwise.like, "zeros_like ones_like empty_like full_like"),
     (pointwise.cumulative, "cumsum cumprod cummax cummin logcumsumexp"),
-    (lookup.masked_fill, "masked_fill"),
     # contraction
     (contraction.convolution, "convolution _convolution convolution_overrideable"),
     (contraction.linear, "linear"),

@@ -128,6 +128,11 @@ class LabelledOp:
         for atom in atoms_of(axis):
             atom.carrier = True
 
+    def at_least_two(self, axis: Axis) -> None:
+        """A spread is measured along this axis: of a single unit there is none."""
+        for atom in atoms_of(axis):
+            atom.least = max(atom.least, 2)
+
     def contract(self, slot: Slot, dim: int) -> None:
         """Note that ``dim`` of ``slot`` is summed over."""
         self.facts.contracted.append((slot, dim))

@@ -15,7 +15,6 @@ __all__ = [
     "index_add",
     "index_put",
     "index_select",
-    "masked_fill",
     "scatter",
 ]
 
@@ -120,16 +119,6 @@ def _middle(op: LabelledOp, kept: Sequence[tuple[int, Axis]], indexed: list[int]
     adjacent = not indexed or indexed[-1] - indexed[0] + 1 == len(indexed)
     at = sum(1 for k, _ in kept if adjacent and indexed and k < indexed[0])
     return op.out.shape[at : at + inserted]
-
-
-def masked_fill(op: LabelledOp) -> Labels:
-    """``masked_fill(x, mask, value)``: the mask broadcasts to x."""
-    x = op.arg(0, "self")
-    for slot in op.op.inputs():
-        for back in range(1, min(len(slot.shape), len(x.shape)) + 1):
-            if slot is not x and slot.shape[-back] == x.shape[-back]:
-                op.tie(op[x][-back], op[slot][-back])
-    return op[x]
 
 
 def scatter(op: LabelledOp) -> Labels:

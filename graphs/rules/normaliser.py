@@ -21,6 +21,7 @@ def batch_norm(op: LabelledOp) -> Sequence[Labels]:
         for d in range(len(x.shape)):
             if d != 1:
                 op.reduce(x, d)
+                op.at_least_two(op[x][d])
     channels = op[x][1]
     for slot in op.op.inputs():
         if slot is not x and slot.shape == (x.shape[1],):
@@ -92,6 +93,8 @@ def average(op: LabelledOp) -> Sequence[Labels]:
         dims = list(range(len(x.shape)))
     for d in dims:
         op.reduce(x, d)
+        if op.name != "aten::mean":
+            op.at_least_two(op[x][d])
     labels = reduced_labels(op, x, dims)
     return [labels for _ in op.op.outs]
 

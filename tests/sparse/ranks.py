@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import chase_fx
 from chase_fx.errors import ArgumentError, CheckpointError
 from chase_fx.sparse import SET, SNIP, Chase, RanksDisagreeError, RigL
 from tests.sparse.hand_net import Channels, Group, Member, one_to_one
@@ -59,6 +60,10 @@ class Run:
     def __init__(self, method: Any = Chase, *, wrap: str = "ddp", optimizer: str = "SGD", **options: Any) -> None:
         torch.manual_seed(0)
         self.net: nn.Module = PlainNet().double()
+        options = {"channels": channels(), "shrink": lambda *_: None, **options}
+        if options.pop("traced", False):
+            self.net = chase_fx.trace(self.net, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+            options |= {"channels": None, "shrink": None}
         rate = {"SGD": {"lr": 0.2, "momentum": 0.9}, "AdamW": {"lr": 0.01}}[optimizer]
         self.optimizer = getattr(torch.optim, optimizer)(self.net.parameters(), **rate)
         self.forward, self.wrap = self.net, wrap if world()[1] > 1 else "none"
@@ -67,7 +72,7 @@ class Run:
         self.steps = 0
         if method is SNIP:
             self.backward()
-        options = {**OPTIONS, "total_steps": STEPS, "channels": channels(), "shrink": lambda *_: None, **options}
+        options = {**OPTIONS, "total_steps": STEPS, **options}
         self.trainer = method(self.forward if self.wrap == "ddp" else self.net, self.optimizer, **options)
         if self.wrap == "follow":
             self.trainer.follow(self.forward)
@@ -120,6 +125,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     "Chase, DDP, live shrink": lambda: Run(update_interval=3, live_shrink=True, optimizer="AdamW").step(),
     "RigL, followed DDP, live shrink": lambda: Run(RigL, wrap="follow", update_interval=3, live_shrink=True).step(),
     "Chase, averaged by hand": lambda: Run(wrap="by hand", update_interval=3, live_shrink=True).step(),
+    "traced, DDP, live shrink": lambda: Run(traced=True, update_interval=3, live_shrink=True).step(),
     "SNIP, Taylor": lambda: Run(SNIP, channel_score="taylor").step(),
     "activation per flop": lambda: Run(channel_score="activation", channel_cost="flops", live_shrink=True).step(),
     "SET, another seed per rank": lambda: Run(SET, update_interval=2, seed=world()[0]).step(),

@@ -114,6 +114,21 @@ def test_live_shrink_resumes_bit_identical(make) -> None:
         assert torch.equal(a, b), name
 
 
+def test_a_checkpoint_of_a_shrunken_traced_module_builds_it_again(tmp_path) -> None:
+    straight, first = build(Flattened, live_shrink=True), build(Flattened, live_shrink=True)
+    train(Flattened, *straight, 20)
+    train(Flattened, *first, 11)
+    first[2].save(tmp_path / "run.ckpt")
+    torch.manual_seed(5)
+    traced = chase_fx.trace(Flattened().double(), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    optimizer = torch.optim.AdamW(traced.parameters())
+    trainer = Chase.restore(tmp_path / "run.ckpt", traced, optimizer)
+    assert traced.stem.weight.shape == first[0].stem.weight.shape != (8, 3, 3, 3)
+    train(Flattened, traced, optimizer, trainer, 9, first=11)
+    for (name, a), b in zip(straight[0].state_dict().items(), traced.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_an_average_made_between_two_shrinks_follows() -> None:
     traced, optimizer, trainer = build(Flattened, live_shrink=True)
     train(Flattened, traced, optimizer, trainer, 5)

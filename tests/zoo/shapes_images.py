@@ -423,7 +423,9 @@ class _Symmetric(nn.Module):
 
 @shape
 def custom_parametrize() -> Case:
-    net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
+    net = nn.Sequential(
+        nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 5)
+    )
     nn.utils.parametrize.register_parametrization(net[2], "weight", _Symmetric())
     return Case(net, (randn(3, 12),))
 

@@ -281,10 +281,10 @@ class _Result:
 def outputs_dict() -> Case:
     def run(m: Any, x: Tensor) -> Any:
         a = m.a(x)
-        b = m.b(a)
+        b = m.b(m.c(a))
         return OrderedDict(out=m.head(b), features={"low": a.mean((2, 3)), "size": a.shape[0]}, extra=(b, None))
 
-    return Case(Net(run, a=conv_bn(3, 12), b=conv_bn(12, 20), head=head(20)), (randn(*IMAGE),))
+    return Case(Net(run, a=conv_bn(3, 12), c=conv_bn(12, 16), b=conv_bn(16, 20), head=head(20)), (randn(*IMAGE),))
 
 
 @shape
@@ -367,10 +367,11 @@ def grid_sample() -> Case:
         theta = m.loc(x.mean((2, 3))).view(-1, 2, 3)
         x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
         patches = F.unfold(x, 3, padding=1)
-        return m.head(F.fold(patches, x.shape[-2:], 3, padding=1) + m.one(x))
+        return m.head(m.tail(F.fold(patches, x.shape[-2:], 3, padding=1) + m.one(x)))
 
     return Case(
-        Net(run, stem=conv_bn(3, 14), loc=nn.Linear(14, 6), one=conv_bn(14, 14), head=head(14)), (randn(*IMAGE),)
+        Net(run, stem=conv_bn(3, 14), loc=nn.Linear(14, 6), one=conv_bn(14, 14), tail=conv_bn(14, 18), head=head(18)),
+        (randn(*IMAGE),),
     )
 
 

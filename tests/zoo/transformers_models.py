@@ -93,7 +93,8 @@ class Arch:
     Attributes:
         config: attributes that differ from ``SIZES``; a mapping is for a part of the configuration.
         auto: the auto class, or a class of transformers by name.
-        attention: implementations to try, each a model of its own.
+        attention: implementations to try, each a model of its own. Mixtures of experts are tried with each way of
+            running experts too; grouped products know single precision only.
     """
 
     name: str
@@ -1105,7 +1106,8 @@ ARCHITECTURES = (
 def _names() -> dict[str, tuple[Arch, str]]:
     found = {}
     for arch in ARCHITECTURES:
-        for implementation in arch.attention:
+        experts = ("grouped", "batched") if "num_experts_per_tok" in arch.config and "sdpa" in arch.attention else ()
+        for implementation in (*arch.attention, *experts):
             found[arch.name if implementation == arch.attention[0] else f"{arch.name}@{implementation}"] = (
                 arch,
                 implementation,
@@ -1218,8 +1220,11 @@ def build(name: str) -> Case:
     """A model with random weights and inputs for it."""
     arch, implementation = _BY_NAME[name]
     config = _config(arch)
+    experts = {"grouped": "grouped_mm", "batched": "batched_mm"}.get(implementation, "eager")
+    if experts != "eager":
+        implementation = "sdpa"
     config._attn_implementation = implementation
-    config._experts_implementation = "eager"  # the grouped product of experts has no double precision
+    config._experts_implementation = experts
     auto = getattr(transformers, arch.auto)
     if arch.auto.startswith("Auto"):
         model = auto.from_config(config, attn_implementation=implementation)
