@@ -145,10 +145,10 @@ class Arguments:
     def bind(self, value: Any, node: Node) -> None:
         """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""
         if isinstance(value, torch.Tensor):
+            node.meta["slot"] = self.tape.slot_of(value)
             written = self.no_grad and node.meta.get("in_place") and id(value) in self._nodes
             if not written:  # a write without gradients does not cut the tensor off from its own
-                self._tie(value, node)
-            node.meta["slot"] = self.tape.slot_of(value)
+                self._tie(value, self._without_grad(node) if self.no_grad else node)
         elif isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
                 if holds_tensor(item):

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import Graph
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
+from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
@@ -48,13 +50,18 @@ def expect(value: Any, expected: Any, name: str) -> None:
         )
 
 
-def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> TracedModule:
+def trace(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, leaves: Leaves | None = None
+) -> TracedModule:
     """Capture ``model`` as it runs on example inputs.
 
     Args:
         model: any module; it is not changed.
         args: the positional arguments of ``model.forward``: a tuple, or a single tensor.
         kwargs: its keyword arguments.
+        leaves: classes of your own modules that stay whole in the graph, each with the size attributes that follow its
+            tensors: ``{MyLinear: (("out_features", "weight", 0), ("in_features", "weight", 1))}``. Their ``forward`` must
+            take its sizes from these attributes or from tensors.
 
     Returns:
         A GraphModule over a copy of the model's parameters, with the model's module tree, ``state_dict`` keys,
@@ -80,15 +87,15 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     bound = bind(model, arguments, keywords)
     device = check_devices(model, (arguments, keywords))
     root = _copy(model)
-    inputs = (bound, len(arguments))
+    inputs = _Inputs(bound, len(arguments), device, dict(leaves or {}))
     meta = device is not None and device.type == "meta"
     modes = {id(m): m.training for m in root.modules()}
-    graph, capture, recorder = _record(root, inputs, device, _fake() if meta else None, training=False)
+    graph, capture, recorder = _record(root, inputs, _fake() if meta else None, training=False)
     train: tuple[Graph, Capture, Recorder] | None = None
     train_error = None
     if recorder.reads_training:
         try:
-            train = _record_train(root, inputs, device, capture, meta=meta)
+            train = _record_train(root, inputs, capture, meta=meta)
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
     for module in root.modules():
@@ -126,6 +133,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         aliases=aliases,
         constants=frozenset(constants),
         train_error=train_error,
+        leaves=inputs.leaves,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 
@@ -161,6 +169,16 @@ def _quiet_torch() -> Iterator[None]:
         _functional._verify_batch_size = verify
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What every capture of one model shares."""
+
+    bound: inspect.BoundArguments
+    positional: int
+    device: torch.device | None
+    leaves: Leaves
+
+
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -181,8 +199,7 @@ _HEAVY = 50_000
 
 def _record_train(
     root: nn.Module,
-    inputs: tuple[inspect.BoundArguments, int],
-    device: torch.device | None,
+    inputs: _Inputs,
     evaluated: Capture,
     *,
     meta: bool,
@@ -192,29 +209,28 @@ def _record_train(
     elements = sum(math.prod(slot.shape) for op in ops for slot in op.outs)
     if meta or elements > _HEAVY * len(ops):
         try:
-            return _record(root, inputs, device, _fake(), training=True)
+            return _record(root, inputs, _fake(), training=True)
         except CaptureError:
             if meta:
                 raise
-    return _record(root, inputs, device, None, training=True)
+    return _record(root, inputs, None, training=True)
 
 
 def _record(
     root: nn.Module,
-    inputs: tuple[inspect.BoundArguments, int],
-    device: torch.device | None,
+    inputs: _Inputs,
     fake: FakeTensorMode | None,
     *,
     training: bool,
 ) -> tuple[Graph, Capture, Recorder]:
-    bound, positional = inputs
+    bound, device = inputs.bound, inputs.device
     if fake is not None:
         state = (*root.parameters(), *root.buffers())
         root = copy.deepcopy(root, {id(tensor): faked(fake, tensor) for tensor in state})
         device = torch.device("cpu") if device is not None and device.type == "meta" else device
     root.train(training)
     buffers = {name: b.clone() for name, b in root.named_buffers()}
-    recorder = Recorder(root, device)
+    recorder = Recorder(root, device, inputs.leaves)
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -224,7 +240,7 @@ def _record(
         for p in trainable:
             p.requires_grad = False
         with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
-            args, kwargs = add_inputs(recorder.arguments, fake, bound, positional, expect)
+            args, kwargs = add_inputs(recorder.arguments, fake, bound, inputs.positional, expect)
             with recorder.running():
                 out = root.forward(*args, **kwargs)
             recorder.finish(out)

@@ -7,14 +7,18 @@ arithmetic is on the tape then, and nothing has to be known about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["SIZE_ATTRIBUTES", "is_leaf", "may_be_leaf"]
+__all__ = ["SIZE_ATTRIBUTES", "Leaves", "is_leaf", "may_be_leaf"]
+
+# module class -> ((attribute, tensor, dim), ...)
+Leaves = Mapping[type[nn.Module], tuple[tuple[str, str, int], ...]]
 
 
 def _first(dim: int, *names: str) -> tuple[tuple[str, str, int], ...]:
@@ -63,8 +67,10 @@ _FORWARDS: frozenset[Callable[..., object]] = frozenset(
 _INLINED = (nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold, nn.Flatten)
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether ``module`` becomes one ``call_module`` node."""
+def is_leaf(module: nn.Module, named: Leaves = MappingProxyType({})) -> bool:
+    """Whether ``module`` becomes one ``call_module`` node; classes in ``named`` do, whatever they are."""
+    if type(module) in named:
+        return True
     if any(t is None or not isinstance(t, nn.Parameter) for t in _own_weights(module)):
         return False
     if isinstance(module, _BatchNorm):

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
-from chase_fx.graphs.leaves import is_leaf, may_be_leaf
+from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape, TapeMode
@@ -58,9 +58,10 @@ _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 class Recorder(TorchFunctionMode):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None) -> None:
+    def __init__(self, root: nn.Module, device: torch.device | None, leaves: Leaves) -> None:
         super().__init__()
         self.root = root
+        self.leaves = leaves
         self.graph = Graph()
         self.tape = Tape()
         self.tape_mode = TapeMode(self.tape)
@@ -77,7 +78,7 @@ class Recorder(TorchFunctionMode):
     def running(self) -> Iterator[None]:
         """Record everything inside the block."""
         training = {id(m): m.training for m in self.root.modules()}
-        hidden = [m for m in self.root.modules() if not is_leaf(m)]
+        hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
         recorder = self
 
@@ -150,7 +151,7 @@ class Recorder(TorchFunctionMode):
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
-        if is_leaf(module):
+        if is_leaf(module, self.leaves):
             out, start = self._run_leaf(module, original, args, kwargs)
             return self._record_leaf(name, args, kwargs, out, start)
         if may_be_leaf(module) and len(args) >= 1 and isinstance(args[0], torch.Tensor):
@@ -176,6 +177,8 @@ class Recorder(TorchFunctionMode):
     def _record_leaf(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, start: int) -> Any:
         fx_args, fx_kwargs = self.arguments.to_fx(args), self.arguments.to_fx(kwargs)
         node = self.graph.call_module(name, fx_args, fx_kwargs)
+        if next(self.root.get_submodule(name).parameters(), None) is not None:
+            node.meta["grad"] = True
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     # -- functions ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
+from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.tape import Slot, Tape
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class TraceInfo:
     structure: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # second names of tied tensors -> the first
     constants: frozenset[str] = frozenset()  # tensors that the model uses but does not register
+    leaves: Leaves = field(default_factory=dict)  # the user's own leaf classes and their size attributes
     train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
 

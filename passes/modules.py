@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from chase_fx.graphs.leaves import SIZE_ATTRIBUTES
+from chase_fx.graphs.leaves import SIZE_ATTRIBUTES, Leaves
 
 __all__ = ["resize", "slice_tensor", "slim_tree"]
 
@@ -44,9 +44,9 @@ def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
     return {name: copy.deepcopy(module.__dict__[name], memo) for name in names}
 
 
-def resize(module: nn.Module) -> None:
-    """Set the size attributes of one module from its tensors."""
-    for cls, attributes in SIZE_ATTRIBUTES.items():
+def resize(module: nn.Module, leaves: Leaves) -> None:
+    """Set the size attributes of one module from its tensors; ``leaves`` adds those of the user's classes."""
+    for cls, attributes in (*SIZE_ATTRIBUTES.items(), *leaves.items()):
         if isinstance(module, cls):
             for attribute, name, dim in attributes:
                 tensor: torch.Tensor | None = module._parameters.get(name)

@@ -60,7 +60,7 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     root = nn.Module()
     root.__dict__.update(slim_tree(traced, complete))
     for module in root.modules():
-        resize(module)
+        resize(module, info.leaves)
     graphs = []
     for k, graph in enumerate(traced.graphs()):
         graphs.append(_rewrite_graph(graph, root, channels, k, counts))
@@ -182,7 +182,7 @@ def _resize_called(module: nn.Module, site: CallSite) -> None:
     group = site.note("groups")
     if group is not None and isinstance(module, _ConvNd):
         module.groups = site.counts.kept(group)
-        resize(module)
+        resize(module, {})
     if not site.node.args:
         return
     x = site.labels(site.node.args[0]) if isinstance(site.node.args[0], Node) else None

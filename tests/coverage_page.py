@@ -23,7 +23,7 @@ TITLES = {
 def judged_by_oracle(record: Record) -> str:
     """What the oracle says: exact, differs, or unjudged."""
     found = [record.get("oracle 0.5"), record.get("oracle 0.9")]
-    if any(isinstance(f, float) and f > (1e-4 if record.get("precision") == "single" else 1e-9) for f in found):
+    if any(isinstance(f, float) and f > record.get("tolerance", 1e-9) for f in found):
         return "differs"
     return "exact" if all(isinstance(f, float) for f in found) else "unjudged"
 

@@ -57,9 +57,14 @@ class _Calls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch._weight_norm:  # a slice that does not exist has no direction
+            return func(*args, **kwargs).nan_to_num(0.0)
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
+        return self._reduced(func, args, kwargs)
+
+    def _reduced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("input")
         if (func not in _REDUCTIONS and func not in _NORMS) or not isinstance(x, Tensor) or not x.is_floating_point():
             return func(*args, **kwargs)
@@ -72,7 +77,13 @@ class _Calls(TorchFunctionMode):
         before, after = self.dense.seen[call], self.slim.seen[call]
         kept = {}
         if before.shape == x.shape and after.dim() == x.dim():
-            found = {d: _kept(before, x, d, n) for d, n in enumerate(after.shape) if n < x.shape[d]}
+            gamma = kwargs.get("weight", args[2] if len(args) > 2 else None) if func in _NORMS else None
+            channels = 1 if func is F.group_norm else x.dim() - 1
+            found = {
+                d: _kept(before, x, d, n, gamma if d == channels else None)
+                for d, n in enumerate(after.shape)
+                if n < x.shape[d]
+            }
             kept = {d: indices for d, indices in found.items() if indices is not None}
         if not kept:
             return func(*args, **kwargs)
@@ -81,8 +92,10 @@ class _Calls(TorchFunctionMode):
         return _norm(func, kept, args, kwargs)
 
 
-def _kept(before: Tensor, now: Tensor, dim: int, size: int) -> Tensor | None:
-    """The ``size`` indices of a dim that exist: all but those that are zero now, or else all alike."""
+def _kept(before: Tensor, now: Tensor, dim: int, size: int, gamma: Tensor | None) -> Tensor | None:
+    """The ``size`` indices that exist: those with a gamma, or all but those that are zero now, or all alike."""
+    if isinstance(gamma, Tensor) and gamma.shape == (now.shape[dim],) and int((gamma != 0).sum()) == size:
+        return gamma.nonzero().flatten()
     was, rows = (t.movedim(dim, 0).flatten(1) if t.dim() > 1 else t[:, None] for t in (before, now))
     gone = (rows == 0).all(1) & ~(was == 0).all(1)
     if int((~gone).sum()) == size:

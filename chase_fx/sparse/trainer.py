@@ -31,6 +31,7 @@ from chase_fx.sparse.schedule import Refill, Targets, interval_for
 from chase_fx.sparse.shrink import shrink_in_place
 from chase_fx.sparse.state import RunState
 from chase_fx.sparse.structure import ChannelsLike, Rewrite, Shrinker, provided
+from chase_fx.sparse.tools import Tools
 from chase_fx.sparse.unit_cost import Flops, UnitCost
 from chase_fx.sparse.unit_cost import resolve as resolve_cost
 from chase_fx.sparse.unit_score import Activation, UnitScore
@@ -127,7 +128,8 @@ class SparseTrainer:
         self.total_steps, self.sparsity, self.channel_sparsity = total_steps, sparsity, channel_sparsity
         self._weights = SparseWeights(maskable(module, parameters, embeddings=embeddings), optimizer)
         require_held(optimizer, zip(self._weights.names, self._weights.parameters, strict=True))
-        self._find_tools(channels, rewrite, shrink, live_shrink)
+        tools = Tools.find(module, channels, rewrite, shrink, removes=bool(channel_sparsity), live_shrink=live_shrink)
+        self.channels, self._rewrite, self._shrink = tools.channels, tools.rewrite, tools.shrink
         rule = ChannelRule(
             channel_sparsity,
             interval=channel_interval or interval_for(total_steps, 1000, 25),
@@ -176,30 +178,6 @@ class SparseTrainer:
             self._cut if self._live_shrink else None,
         )
         self._draw()
-
-    def _find_tools(
-        self, channels: ChannelsLike | None, rewrite: Rewrite | None, shrink: Shrinker | None, live_shrink: bool
-    ) -> None:
-        provider = provided(self.module)
-        if channels is None and provider is not None and self.channel_sparsity:
-            channels = provider.analyze(self.module)
-        if rewrite is None and provider is not None:
-            rewrite = provider.rewrite
-        if shrink is None and provider is not None and live_shrink and channels is not None:
-            shrink = provider.shrinker(self.module, channels)
-        self.channels, self._rewrite, self._shrink = channels, rewrite, shrink
-        if self.channel_sparsity and channels is None:
-            msg = (
-                f"channel_sparsity={self.channel_sparsity} needs to know which channels are coupled, but "
-                f"{type(self.module).__name__} is no traced module. Train chase_fx.trace(model, args) or give channels="
-            )
-            raise ArgumentError(msg)
-        if live_shrink and self.channel_sparsity and shrink is None:
-            msg = (
-                f"live_shrink=True needs to cut {type(self.module).__name__} in place, but it is no traced module. "
-                f"Train chase_fx.trace(model, args), or give shrink="
-            )
-            raise ArgumentError(msg)
 
     def _watch_for(self, rule: ChannelRule) -> Watch | None:
         watching = [part for part in (rule.score, rule.cost) if isinstance(part, (Activation, Flops))]

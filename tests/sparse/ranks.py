@@ -71,19 +71,19 @@ class Run:
             self.forward = DDP(self.net, gradient_as_bucket_view=self.wrap == "follow")
         self.steps = 0
         if method is SNIP:
-            self.backward()
+            self.backward(average=False)
         options = {**OPTIONS, "total_steps": STEPS, **options}
         self.trainer = method(self.forward if self.wrap == "ddp" else self.net, self.optimizer, **options)
         if self.wrap == "follow":
             self.trainer.follow(self.forward)
 
-    def backward(self) -> None:
+    def backward(self, *, average: bool = True) -> None:
         rank, size = world()
         generator = torch.Generator().manual_seed(self.steps)
         x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64).chunk(size)[rank]
         y = torch.randint(10, (8,), generator=generator).chunk(size)[rank]
         nn.functional.cross_entropy(self.forward(x), y).backward()
-        if self.wrap == "by hand":
+        if self.wrap == "by hand" and average:
             for p in self.net.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= size
@@ -127,6 +127,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     "Chase, averaged by hand": lambda: Run(wrap="by hand", update_interval=3, live_shrink=True).step(),
     "traced, DDP, live shrink": lambda: Run(traced=True, update_interval=3, live_shrink=True).step(),
     "SNIP, Taylor": lambda: Run(SNIP, channel_score="taylor").step(),
+    "SNIP, averaged by the trainer": lambda: Run(SNIP, wrap="by hand").step(),
     "activation per flop": lambda: Run(channel_score="activation", channel_cost="flops", live_shrink=True).step(),
     "SET, another seed per rank": lambda: Run(SET, update_interval=2, seed=world()[0]).step(),
 }

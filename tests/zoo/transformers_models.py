@@ -507,7 +507,7 @@ ARCHITECTURES = (
     Arch("data2vec-vision", _image(), {"use_relative_position_bias": True}),
     Arch("dinov2", _image()),
     Arch("dinov2_with_registers", _image()),
-    Arch("dinov3_vit", _image()),
+    Arch("dinov3_vit", _image(), {"num_register_tokens": 2}),
     Arch("dinov3_convnext", _image(), {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, attention=EAGER),
     Arch("ijepa", _image()),
     Arch("vit_msn", _image()),

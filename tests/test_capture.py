@@ -1,0 +1,225 @@
+"""Capture of forwards that do more than call layers."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from chase_fx.errors import CaptureError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+class Body(nn.Module):
+    """Two linear layers; subclasses say what happens between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 8)
+        self.b = nn.Linear(8, 2)
+
+
+def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    module.zero_grad()
+    module(x).square().sum().backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def assert_same_gradients(model: nn.Module, x: Tensor) -> None:
+    traced = chase_fx.trace(model, x)
+    ours, theirs = gradients(traced, x), gradients(model, x)
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        have = ours[name]
+        assert (have is None) == (want is None), name
+        assert want is None or torch.equal(have, want), name
+
+
+def test_gradients_stop_where_the_forward_disables_them() -> None:
+    """A parameter that is only read under no_grad gets no gradient from the traced module either."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                gate = self.a(x).sigmoid()
+            return self.b(gate * self.a.weight.sum(1))
+
+    assert_same_gradients(Net().double(), torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_a_write_without_gradients_cuts_nothing_off() -> None:
+    """A parameter that is clamped in place under no_grad still gets its gradient."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.a.weight.clamp_(-0.1, 0.1)
+            return self.b(F.linear(x, self.a.weight))
+
+    assert_same_gradients(Net().double(), torch.randn(3, 4, dtype=torch.float64))
+
+
+class Halved(torch.autograd.Function):
+    """Identity whose gradient is halved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 0.5
+
+
+def test_custom_backward_is_kept() -> None:
+    """A custom autograd function keeps its own backward, and its channels are pruned."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Halved.apply(self.a(x)))
+
+    net, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    assert_same_gradients(net, x)
+    assert chase_fx.prune(net, x).get_submodule("a").out_features == 4
+
+
+class Store:
+    """A result that is an object, as key-value caches are."""
+
+    def __init__(self) -> None:
+        self.items: list[Tensor] = []
+
+
+def test_objects_are_rebuilt_and_freeze_nothing() -> None:
+    """Tensors inside an object of the result shrink with the model and are new at every call."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            store = Store()
+            store.items.append(self.a(x))
+            return {"y": self.b(store.items[0]), "store": store}
+
+    x = torch.randn(3, 4)
+    net = Net()
+    traced = chase_fx.trace(net, x)
+    assert torch.equal(traced(x)["store"].items[0], net(x)["store"].items[0])
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    chase_fx.verify(traced, slim)
+    first, second = slim(x)["store"], slim(x)["store"]
+    assert isinstance(first, Store) and first is not second
+    assert first.items[0].shape == (3, 4)
+
+
+def test_arguments_reach_a_decorated_forward_as_they_were_given() -> None:
+    """A decorator that looks at its keyword arguments sees those that were given, and no others."""
+
+    def decorated(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            kwargs["scale"] = kwargs.get("scale") or 2.0
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Net(Body):
+        @decorated
+        def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+            assert scale is not None
+            return self.b(self.a(x)) * scale
+
+    net, x = Net(), torch.randn(3, 4)
+    for kwargs in ({}, {"scale": 3.0}):
+        traced = chase_fx.trace(net, x, kwargs)
+        assert torch.equal(traced(x, **kwargs), net(x, **kwargs))
+
+
+def test_train_mode_that_fails_is_refused_in_train_mode_only() -> None:
+    """Where the model can't run in train mode, the graph works in eval mode and says why it does not train."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise ValueError("no labels")
+            return self.b(self.a(x))
+
+    net, x = Net().eval(), torch.randn(3, 4)
+    traced = chase_fx.trace(net, x)
+    assert torch.equal(traced(x), net(x))
+    with pytest.raises(CaptureError, match="no labels"):
+        traced.train()(x)
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    """A model that holds a computed tensor gives a clear error, for it can't be copied."""
+    net = nn.Linear(4, 2)
+    net.extra = net.weight * 2
+    with pytest.raises(CaptureError, match="can't be copied"):
+        chase_fx.trace(net, torch.zeros(1, 4))
+
+
+def test_a_spread_keeps_two_units() -> None:
+    """A dim whose variance is taken keeps two units at any sparsity: of one there is none."""
+
+    class Standardised(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(
+                self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0
+            )
+            return F.conv1d(x, weight.reshape_as(self.weight), self.bias)
+
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), Standardised(8, 6, 1), nn.ReLU(), nn.Conv1d(6, 2, 1)).double()
+    slim = chase_fx.prune(net, torch.randn(2, 3, 5, dtype=torch.float64), channel_sparsity=0.9)
+    assert slim.get_parameter("0.weight").shape[0] == 2
+    assert slim.get_parameter("2.weight").shape[0] == 1
+
+
+@pytest.mark.parametrize("example", ["custom_leaf", "custom_operator"])
+def test_examples_run(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The examples of extension run and end with an exact result."""
+    runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+    assert "exact: 1 outputs" in capsys.readouterr().out
+
+
+def test_declared_leaf_stays_whole() -> None:
+    """A class named in ``leaves`` is one node of the graph, and its size attributes follow its tensors."""
+    names = runpy.run_path(str(EXAMPLES / "custom_leaf.py"))
+    cosine, sizes = names["CosineLinear"], names["SIZES"]
+    net = nn.Sequential(cosine(4, 8), nn.ReLU(), cosine(8, 2)).double()
+    traced = chase_fx.trace(net, torch.randn(3, 4, dtype=torch.float64), leaves=sizes)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    chase_fx.verify(traced, slim)
+    assert (slim.get_submodule("0").out_features, slim.get_submodule("2").in_features) == (4, 4)
+
+
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_layers(kind: str) -> None:
+    """Hidden units of a recurrent layer go from every gate at once."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = RECURRENT[kind](4, 8, batch_first=True)
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0])
+
+    net, x = Net().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    traced = chase_fx.trace(net, x)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-12, atol=1e-12)
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    assert chase_fx.verify(traced, slim).difference <= 1e-9
+    assert slim.get_submodule("rnn").hidden_size == 4
+    assert slim(torch.randn(2, 5, 4, dtype=torch.float64)).shape == (2, 5, 2)
