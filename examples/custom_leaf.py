@@ -1,7 +1,7 @@
 """Keep a module of your own whole in the graph: declare which of its attributes are sizes.
 
-Without the declaration the module is inlined, which prunes it just as well; declare it if you want to find it in the slim
-graph as what it is, with its hooks and its type.
+Without the declaration the module is inlined, which prunes it just as well; declare it if you want to find it in the
+slim graph as what it is, with its hooks and its type.
 
 Run: python examples/custom_leaf.py
 """
@@ -9,7 +9,6 @@ Run: python examples/custom_leaf.py
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import chase_fx
@@ -26,7 +25,7 @@ class CosineLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_features) -> (N, out_features)."""
-        return F.linear(x, F.normalize(self.weight, dim=1))
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1))
 
 
 SIZES = {CosineLinear: (("out_features", "weight", 0), ("in_features", "weight", 1))}

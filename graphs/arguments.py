@@ -46,6 +46,7 @@ class Arguments:
         self.tape = tape
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
+        self.buffers = dict(root.named_buffers(remove_duplicate=False))  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.no_grad = False
         self._detached: dict[Node, Node] = {}

@@ -59,9 +59,9 @@ def trace(
         model: any module; it is not changed.
         args: the positional arguments of ``model.forward``: a tuple, or a single tensor.
         kwargs: its keyword arguments.
-        leaves: classes of your own modules that stay whole in the graph, each with the size attributes that follow its
-            tensors: ``{MyLinear: (("out_features", "weight", 0), ("in_features", "weight", 1))}``. Their ``forward`` must
-            take its sizes from these attributes or from tensors.
+        leaves: classes of your own modules that stay whole in the graph, each with the size attributes that follow
+            its tensors: ``{MyLinear: (("out_features", "weight", 0), ("in_features", "weight", 1))}``. Their
+            ``forward`` must take its sizes from these attributes or from tensors.
 
     Returns:
         A GraphModule over a copy of the model's parameters, with the model's module tree, ``state_dict`` keys,
@@ -229,7 +229,7 @@ def _record(
         root = copy.deepcopy(root, {id(tensor): faked(fake, tensor) for tensor in state})
         device = torch.device("cpu") if device is not None and device.type == "meta" else device
     root.train(training)
-    buffers = {name: b.clone() for name, b in root.named_buffers()}
+    buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves)
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
@@ -259,11 +259,9 @@ def _record(
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
         with torch.no_grad():
-            for name, value in buffers.items():
-                owner, _, leaf = name.rpartition(".")
-                buffer = root.get_submodule(owner)._buffers.get(leaf)
-                if buffer is not None and buffer.shape == value.shape:
-                    buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                module._buffers[name] = buffer
     leaves = tuple(_output_leaves(out, recorder.tape, ""))
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(out).__name__}")

@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         training = {id(m): m.training for m in self.root.modules()}
         hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
+        original_setattr = nn.Module.__setattr__
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,6 +106,12 @@ class Recorder(TorchFunctionMode):
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         torch.autograd.Function.apply = classmethod(apply)  # while recording
+        def setattribute(module: nn.Module, name: str, value: Any) -> None:
+            if recorder._active and isinstance(value, torch.Tensor) and name in module.__dict__.get("_buffers", ()):
+                recorder._write_buffer(module, name, value)
+            original_setattr(module, name, value)
+
+        nn.Module.__setattr__ = setattribute  # type: ignore[method-assign]  # while recording
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         nn.Module.__call__ = call  # type: ignore[method-assign]  # while recording
@@ -117,6 +124,7 @@ class Recorder(TorchFunctionMode):
             self._active = False
             torch.autograd.Function.apply = original_apply
             nn.Module.__call__ = original_call  # type: ignore[method-assign]  # while recording
+            nn.Module.__setattr__ = original_setattr  # type: ignore[method-assign]  # while recording
             nn.Module.__getattr__ = original_getattr  # type: ignore[method-assign]  # while recording
             for module in hidden:
                 module.__dict__.setdefault("training", training[id(module)])
@@ -293,6 +301,26 @@ class Recorder(TorchFunctionMode):
                 f"the forward assigns to a tensor's property '{name}' at {source_line()}; rewrite it as an operation"
             )
         return None
+
+    def _write_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had."""
+        owner = self._names.get(id(module))
+        path = f"{owner}.{name}" if owner else name
+        buffer = self.arguments.buffers.get(path)
+        if buffer is None or buffer is value:
+            return
+        with torch._C.DisableTorchFunction():
+            fits = buffer.shape == value.shape and buffer.dtype == value.dtype
+        if not fits:
+            raise CaptureError(f"the forward replaces the buffer '{path}' by another shape or type at {source_line()}")
+        target = self.arguments.node_of(buffer)
+        start = len(self.tape.ops)
+        with self._paused(), torch._C.DisableTorchFunction():
+            buffer.copy_(value)
+        source = self.graph.call_method("detach", (self.arguments.node_of(value),))
+        source.meta.update(source="", slot=self.tape.slot_of(value))
+        node = self.graph.call_method("copy_", (target, source))
+        self._finish(node, buffer, (buffer, value), {}, start, in_place=True)
 
     def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._paused(), torch._C.DisableTorchFunction():

@@ -22,7 +22,7 @@ TITLES = {
 
 def judged_by_oracle(record: Record) -> str:
     """What the oracle says: exact, differs, or unjudged."""
-    found = [record.get("oracle 0.5"), record.get("oracle 0.9")]
+    found = [record[key] for key in ("oracle 0.5", "oracle 0.9") if key in record]
     if any(isinstance(f, float) and f > record.get("tolerance", 1e-9) for f in found):
         return "differs"
     return "exact" if all(isinstance(f, float) for f in found) else "unjudged"

@@ -114,7 +114,8 @@ def test_objects_are_rebuilt_and_freeze_nothing() -> None:
     slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
     chase_fx.verify(traced, slim)
     first, second = slim(x)["store"], slim(x)["store"]
-    assert isinstance(first, Store) and first is not second
+    assert isinstance(first, Store)
+    assert first is not second
     assert first.items[0].shape == (3, 4)
 
 
@@ -223,3 +224,30 @@ def test_recurrent_layers(kind: str) -> None:
     assert chase_fx.verify(traced, slim).difference <= 1e-9
     assert slim.get_submodule("rnn").hidden_size == 4
     assert slim(torch.randn(2, 5, 4, dtype=torch.float64)).shape == (2, 5, 2)
+
+
+def test_buffers_that_the_forward_assigns_are_written() -> None:
+    """``self.buffer = value`` changes the state of the traced and the slim module as it changes the model's."""
+
+    class Net(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+            return self.b(y - self.mean)
+
+    net = Net().double()
+    traced = chase_fx.trace(net, torch.randn(3, 4, dtype=torch.float64))
+    assert not traced.get_buffer("mean").any()
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    for _ in range(3):
+        x = torch.randn(3, 4, dtype=torch.float64)
+        assert torch.equal(traced(x), net(x))
+        slim(x)
+    assert torch.equal(traced.get_buffer("mean"), net.mean)
+    kept = slim.plan.kept_indices()["mean"][0]
+    torch.testing.assert_close(slim.get_buffer("mean"), net.mean[kept].detach(), rtol=1e-12, atol=1e-12)

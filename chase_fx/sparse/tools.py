@@ -35,7 +35,9 @@ class Tools:
 
         Args:
             module: what is trained.
-            channels, rewrite, shrink: what the caller gave.
+            channels: what the caller gave, as the next two.
+            rewrite: likewise.
+            shrink: likewise.
             removes: whether channels will be removed.
             live_shrink: whether they will be cut off during training.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -272,6 +273,26 @@ def test_any_module_trains_sparsely_without_channels() -> None:
         optimizer.zero_grad()
     assert trainer.nnz == trainer.budget == round(0.25 * (24 * 8 + 64 + 2 * 128))
     assert trainer.finalize() is layer
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_memory_over_dense_is_one_byte_per_masked_weight(steps) -> None:
+    net = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 100))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    before = tensor_bytes()
+    trainer = Chase(net, optimizer, total_steps=8, channel_sparsity=0.0, update_interval=2)
+    for _ in range(steps):
+        trainer.step()
+    weights = sum(mask.numel() for mask in trainer.masks.values())
+    assert weights <= tensor_bytes() - before <= weights + 100
 
 
 def test_steps_beyond_the_end_only_mask(run) -> None:

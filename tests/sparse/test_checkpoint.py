@@ -183,6 +183,24 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_loads(run, two_sav
     assert again.restore(two_saves, previous=True).steps_done == 4
 
 
+def test_no_change_of_a_file_goes_unnoticed(two_saves, tmp_path) -> None:
+    content, generator = two_saves.read_bytes(), random.Random(0)
+    (header,) = struct.unpack("<Q", content[:8])
+    broken = tmp_path / "broken.ckpt"
+    inside, data = range(8, 8 + header), range(8 + header, len(content))
+    places = [*range(8), *generator.sample(inside, 100), *generator.sample(data, 50)]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << generator.randrange(7)
+        broken.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            read(broken)
+    for length in (0, 1, 8, 9, header, header + 8, len(content) - 1):
+        broken.write_bytes(content[:length])
+        with pytest.raises(CheckpointError):
+            read(broken)
+
+
 def test_errors_say_what_is_wrong(run, two_saves, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         run(Chase).trainer.restore(tmp_path / "nowhere.ckpt")
