@@ -30,6 +30,7 @@ from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
+from chase_fx.graphs.trees import tensors_in
 
 __all__ = ["SpecializationWarning", "expect", "trace"]
 
@@ -87,10 +88,10 @@ def trace(
     bound = bind(model, arguments, keywords)
     device = check_devices(model, (arguments, keywords))
     root = _copy(model)
-    inputs = _Inputs(bound, len(arguments), device, dict(leaves or {}))
+    inputs = _Inputs(bound, arguments, keywords, device, dict(leaves or {}))
     meta = device is not None and device.type == "meta"
     modes = {id(m): m.training for m in root.modules()}
-    graph, capture, recorder = _record(root, inputs, _fake() if meta else None, training=False)
+    graph, capture, recorder = _record_eval(root, inputs, meta=meta)
     train: tuple[Graph, Capture, Recorder] | None = None
     train_error = None
     if recorder.reads_training:
@@ -174,7 +175,8 @@ class _Inputs:
     """What every capture of one model shares."""
 
     bound: inspect.BoundArguments
-    positional: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     device: torch.device | None
     leaves: Leaves
 
@@ -195,6 +197,21 @@ def _fake() -> FakeTensorMode:
 
 # Elements per ATen call from which a forward costs more on real data than the bookkeeping of fake tensors does.
 _HEAVY = 50_000
+
+
+def _record_eval(root: nn.Module, inputs: _Inputs, *, meta: bool) -> tuple[Graph, Capture, Recorder]:
+    """The first capture. If loops were unrolled further than the model runs them, it has to give the same result."""
+    found = _record(root, inputs, _fake() if meta else None, training=False)
+    if found[2].unrolled and not meta:
+        with torch.no_grad():
+            want = list(tensors_in(root.eval()(*inputs.args, **inputs.kwargs)))
+        have = found[2].results
+        close = len(want) == len(have) and all(
+            a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(want, have, strict=True)
+        )
+        if not close:
+            return _record(root, inputs, None, training=False, unroll=False)
+    return found
 
 
 def _record_train(
@@ -222,6 +239,7 @@ def _record(
     fake: FakeTensorMode | None,
     *,
     training: bool,
+    unroll: bool = True,
 ) -> tuple[Graph, Capture, Recorder]:
     bound, device = inputs.bound, inputs.device
     if fake is not None:
@@ -231,6 +249,7 @@ def _record(
     root.train(training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves)
+    recorder.unroll = unroll
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -240,7 +259,7 @@ def _record(
         for p in trainable:
             p.requires_grad = False
         with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
-            args, kwargs = add_inputs(recorder.arguments, fake, bound, inputs.positional, expect)
+            args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             with recorder.running():
                 out = root.forward(*args, **kwargs)
             recorder.finish(out)
@@ -262,6 +281,7 @@ def _record(
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer
+    recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
     leaves = tuple(_output_leaves(out, recorder.tape, ""))
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(out).__name__}")

@@ -51,6 +51,8 @@ _READS_DATA = frozenset(
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
+# Calls whose result has as many elements as the data says.
+_DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
 _SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
@@ -68,6 +70,10 @@ class Recorder(TorchFunctionMode):
         self.arguments = Arguments(root, self.graph, self.tape, device)
         self.specialised: list[str] = []
         self.reads_training = False
+        self.unroll = True
+        self.unrolled = False
+        self.results: tuple[torch.Tensor, ...] = ()
+        self._mask_of: dict[Node, torch.Tensor] = {}
         self._names = {id(m): name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self._active = False
         self._leaf_reads_training = False
@@ -106,6 +112,7 @@ class Recorder(TorchFunctionMode):
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         torch.autograd.Function.apply = classmethod(apply)  # while recording
+
         def setattribute(module: nn.Module, name: str, value: Any) -> None:
             if recorder._active and isinstance(value, torch.Tensor) and name in module.__dict__.get("_buffers", ()):
                 recorder._write_buffer(module, name, value)
@@ -209,6 +216,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
+        if name == "unbind" and sys._getframe(1).f_code.co_name == "__iter__":
+            args = (self._iterated(args[0]), *args[1:])
         start = len(self.tape.ops)
         with self._paused():
             out = func(*args, **kwargs)
@@ -224,7 +233,26 @@ class Recorder(TorchFunctionMode):
         else:
             node = self.graph.call_function(target, fx_args, fx_kwargs)
         in_place = _is_in_place(name) or "out" in kwargs
+        if name == "nonzero" and self.unroll:
+            self._mask_of[node] = args[0] if args else kwargs["input"]
         return self._finish(node, out, args, kwargs, start, in_place=in_place)
+
+    def _iterated(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a Python loop over ``tensor`` is unrolled for.
+
+        Where the tensor lists the places at which a mask is set (the experts that some token chose), the loop would
+        serve the example's places alone. It is unrolled for every place instead; ``trace`` checks that this changes no
+        result, as it does not where a place without hits adds nothing.
+        """
+        node = self.arguments.node_of(tensor)
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node in self._mask_of:
+            self.unrolled = True
+            with self:  # the mode is off inside its own handler
+                return torch.ones_like(self._mask_of[node]).nonzero()
+        if name in _DATA_SIZED:
+            self.specialised.append(f"loop over {name} at {source_line()}")
+        return tensor
 
     def _call_autograd_function(
         self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -97,6 +97,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (lookup.embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
     (lookup.index_select, "index_select"),
     (lookup.gather, "gather"),
+    (lookup.places, "nonzero nonzero_numpy histc bincount _unique2 unique_dim unique_consecutive"),
+    (lookup.places, "searchsorted bucketize"),
     (lookup.index, "index _unsafe_index"),
     (lookup.index_put, "index_put _index_put_impl _unsafe_index_put"),
     (lookup.index_add, "index_add index_copy"),

@@ -15,6 +15,7 @@ __all__ = [
     "index_add",
     "index_put",
     "index_select",
+    "places",
     "scatter",
 ]
 
@@ -167,3 +168,8 @@ def index_put(op: LabelledOp) -> Labels | Refusal:
         if found[-back].size == values.shape[-back]:
             op.tie(found[-back], op[values][-back])
     return op[x]
+
+
+def places(op: LabelledOp) -> Sequence[Labels]:
+    """``nonzero``, ``unique``, ``histc``...: which places or values there are depends on all of them."""
+    return op.all_fixed("its places are data")

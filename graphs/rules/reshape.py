@@ -6,6 +6,7 @@ a block with several output dims is factored. What is a product twice is refined
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from chase_fx.graphs.axes import Axis, Prod
@@ -23,7 +24,7 @@ def reshape(op: LabelledOp) -> Labels:
 def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
     """The labels of ``shape`` when its elements are those of ``labels`` in row-major order."""
     if 0 in shape:
-        return tuple(op.fixed(n, "empty") for n in shape)
+        return _reshape_empty(op, labels, shape)
     out: list[Axis] = []
     sizes = [axis.size for axis in labels]
     i = j = 0
@@ -52,6 +53,16 @@ def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labe
             out.append(head)
         out.append(block)
     return tuple(out)
+
+
+def _reshape_empty(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
+    """A view of no elements (tokens of an expert that nobody chose): the other dims are matched as if it had one."""
+    full = tuple(op.fixed(1, "empty") if axis.size == 0 else axis for axis in labels)
+    wanted = [n or 1 for n in shape]
+    if math.prod(axis.size for axis in full) != math.prod(wanted):
+        return tuple(op.fixed(n, "empty") for n in shape)
+    found = reshape_labels(op, full, wanted)
+    return tuple(op.fixed(0, "empty") if n == 0 else axis for n, axis in zip(shape, found, strict=True))
 
 
 def channel_shuffle(op: LabelledOp) -> Labels:

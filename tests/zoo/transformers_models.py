@@ -1106,7 +1106,11 @@ ARCHITECTURES = (
 def _names() -> dict[str, tuple[Arch, str]]:
     found = {}
     for arch in ARCHITECTURES:
-        experts = ("grouped", "batched") if "num_experts_per_tok" in arch.config and "sdpa" in arch.attention else ()
+        experts = (
+            ("grouped", "batched")
+            if "num_experts_per_tok" in arch.config and arch.name != "minicpm3" and "sdpa" in arch.attention
+            else ()
+        )
         for implementation in (*arch.attention, *experts):
             found[arch.name if implementation == arch.attention[0] else f"{arch.name}@{implementation}"] = (
                 arch,
