@@ -41,8 +41,10 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: $(STAMP) ## judge every model of the matrix (long)
+matrix: $(STAMP) ## judge every model of the matrix (long, resumable)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[matrix]'
 	$(PYTEST) -m matrix
+	$(BIN)/python -m tests.matrix
 
 bench: $(STAMP) ## run every benchmark under benchmarks/ (long)
 	@for script in benchmarks/*.py; do \

@@ -1,7 +1,7 @@
 """Time of trace + analyze + rewrite against Torch-Pruning's init + step, side by side in one process.
 
-Both prune half of the channels at batch 1, 224 x 224, float32, by weight magnitude; scoring is part of the
-time on both sides, verification is not. Needs ``pip install torch-pruning==1.6.1``; without it only our times are shown.
+Both prune half of the channels at batch 1, 224 x 224, float32, by weight magnitude; scoring is part of the time on
+both sides, verification is not. Needs ``pip install torch-pruning==1.6.1``; without it only our times are shown.
 
 Run: python benchmarks/prune_time.py [--repetitions 5] [--threads 1]
 """

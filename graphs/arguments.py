@@ -114,13 +114,13 @@ class Arguments:
         return self._rebuild_object(value)
 
     def _rebuild_object(self, value: Any) -> Any:
-        template, tensors = strip(value)
-        if not tensors:
+        template, holes = strip(value)
+        if not holes:
             return value if isinstance(value, enum.Enum) else None
         name = f"_chase_rebuild_{len(self.rebuilds)}"
         self.rebuilds[name] = Rebuild(template)
         # The module is not there yet for FX to check: it is added to the root when the capture is complete.
-        node = self.graph.create_node("call_module", name, tuple(map(self.node_of, tensors)), {})
+        node = self.graph.create_node("call_module", name, tuple(map(self.to_fx, holes)), {})
         node.meta["source"] = ""
         return node
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,8 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = ["SIZE_ATTRIBUTES", "Leaves", "is_leaf", "may_be_leaf"]
 
-# module class -> ((attribute, tensor, dim), ...)
-Leaves = Mapping[type[nn.Module], tuple[tuple[str, str, int], ...]]
+# module class -> ((attribute, tensor, dim), ...); keys are Any since a mapping of a subclass would not fit otherwise
+Leaves = Mapping[Any, tuple[tuple[str, str, int], ...]]
 
 
 def _first(dim: int, *names: str) -> tuple[tuple[str, str, int], ...]:

@@ -1,6 +1,6 @@
 """Results that are objects of some class, such as the key-value caches of language models.
 
-They are rebuilt at every call from a template, a copy of the object whose tensors are replaced by holes. Their tensors
+They are rebuilt at every call from a template, a copy of the object whose tensors and computed sizes are replaced by holes. Their tensors
 are state that goes back into the same model, no outputs: nobody relies on their shape, so they don't freeze anything.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from chase_fx.graphs.live import is_live
 
 __all__ = ["Rebuild", "strip"]
 
@@ -29,22 +31,23 @@ class Rebuild(nn.Module):
         super().__init__()
         self.template = template
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        """A new object like the template, with ``tensors`` in its holes."""
-        return _walk(self.template, {}, lambda value: tensors[value.index] if isinstance(value, _Hole) else None)
+    def forward(self, *values: Any) -> Any:
+        """A new object like the template, with ``values`` in its holes."""
+        return _walk(self.template, {}, lambda found: values[found.index] if isinstance(found, _Hole) else None)
 
 
-def strip(value: Any) -> tuple[Any, list[torch.Tensor]]:
-    """A template of ``value`` and the tensors that were in it; none when it holds no tensor."""
-    tensors: list[torch.Tensor] = []
+def strip(value: Any) -> tuple[Any, list[Any]]:
+    """A template of ``value`` and the tensors and live numbers that were in it; none when it holds no tensor."""
+    holes: list[Any] = []
 
     def replace(found: Any) -> Any:
-        if not isinstance(found, torch.Tensor):
+        if not isinstance(found, torch.Tensor) and not is_live(found):
             return None
-        tensors.append(found)
-        return _Hole(len(tensors) - 1)
+        holes.append(found)
+        return _Hole(len(holes) - 1)
 
-    return _walk(value, {}, replace), tensors
+    template = _walk(value, {}, replace)
+    return template, holes if any(isinstance(found, torch.Tensor) for found in holes) else []
 
 
 def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:

@@ -118,7 +118,7 @@ class Recorder(TorchFunctionMode):
                 recorder._write_buffer(module, name, value)
             original_setattr(module, name, value)
 
-        nn.Module.__setattr__ = setattribute  # type: ignore[method-assign]  # while recording
+        nn.Module.__setattr__ = setattribute  # type: ignore[method-assign,assignment]  # while recording
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         nn.Module.__call__ = call  # type: ignore[method-assign]  # while recording

@@ -112,7 +112,7 @@ def _compare(
     for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
         parameter.requires_grad = False
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # as in the capture: a view taken with gradients enabled makes another call
             reference = MaskedReference(traced, channels, 0, masks)
             expected = reference.run(*_placed(reference, inputs))
             recorded = _Recording(slim, graph=slim.graph)
@@ -198,7 +198,7 @@ def _relative(want: torch.Tensor, have: torch.Tensor) -> float:
 
 def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
     """Values of the placeholders in order. Clones, for a forward may write to its inputs."""
-    args, kwargs = _map_all(inputs, torch.clone)
+    args, kwargs = _map_all(inputs, lambda t: t.detach().clone())
     names = [str(n.target) for n in interpreter.graph.nodes if n.op == "placeholder"]
     rest = list(args)
     used: set[str] = set()

@@ -72,11 +72,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     ]
 
 
-def page(records: dict[str, Record]) -> str:
-    """docs/coverage.md."""
+def _state_of_page(records: Sequence[Record], missing: int) -> str:
+    """What a reader must know before the numbers: what was not judged, by which code, and how strictly."""
+    codes = len({r.get("code") for r in records})
+    loose = sum(r.get("tolerance", 1e-9) > 1e-9 or r.get("precision") == "single" for r in records)
+    mixed = f" The records come from {codes} versions of the code." if codes > 1 else ""
+    return (
+        f"{len(records)} models judged, **{missing} of the corpora not judged yet**.{mixed} {loose} models "
+        "run in single precision or pass through it on their way; those are allowed 1e-5 to 1e-4."
+    )
+
+
+def page(records: dict[str, Record], missing: int) -> str:
+    """docs/coverage.md; ``missing`` models of the corpora have no record."""
     corpora = {prefix: [r for n, r in records.items() if n.split(":")[0] == prefix] for prefix in TITLES}
     everything = [r for rs in corpora.values() for r in rs]
-    lines = SUMMARY.splitlines()
+    lines = [*SUMMARY.splitlines(), "", _state_of_page(everything, missing)]
     titled = [*((TITLES[p], rs) for p, rs in corpora.items()), ("**all**", everything)]
     lines += _table(HEAD, [_summary(title, rs) for title, rs in titled])
     _not_exact(lines, everything)

@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = set(names())
     judged = {name: record for name, record in records.items() if name in known}
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page(judged))
+    options.page.write_text(page(judged, len(known - set(judged))))
     wrong = [name for name in wanted if judged.get(name, {}).get("state") not in ("exact", "refused")]
     exact = sum(record["state"] == "exact" for record in judged.values())
     sys.stdout.write(f"{len(judged)} models, {exact} exact; see {options.page}\n")

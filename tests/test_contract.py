@@ -91,7 +91,7 @@ def test_signatures() -> None:
         return {n: p.default for n, p in inspect.signature(function).parameters.items() if n != "self"}
 
     none = inspect.Parameter.empty
-    assert list(of(chase_fx.trace).items()) == [("model", none), ("args", none), ("kwargs", None)]
+    assert list(of(chase_fx.trace).items())[:3] == [("model", none), ("args", none), ("kwargs", None)]
     assert list(of(chase_fx.analyze).items())[:2] == [("traced", none), ("outputs", None)]
     plan = of(chase_fx.ChannelGraph.plan)
     assert list(plan.items())[:3] == [("channel_sparsity", 0.5), ("score", "magnitude"), ("round_to", 1)]
