@@ -1,7 +1,8 @@
 """Results that are objects of some class, such as the key-value caches of language models.
 
-They are rebuilt at every call from a template, a copy of the object whose tensors and computed sizes are replaced by holes. Their tensors
-are state that goes back into the same model, no outputs: nobody relies on their shape, so they don't freeze anything.
+They are rebuilt at every call from a template, a copy of the object whose tensors and computed sizes are replaced by
+holes. Their tensors are state that goes back into the same model, no outputs: nobody relies on their shape, so they
+don't freeze anything.
 """
 
 from __future__ import annotations
