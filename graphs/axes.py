@@ -303,23 +303,31 @@ class Axes:
             start = stop
 
     def _unify_prods(self, a: Prod, b: Prod, cause: Cause) -> None:
-        x, y = a.factors[0], b.factors[0]
-        if x.size == y.size:
-            head, rest_a, rest_b = x, a.factors[1:], b.factors[1:]
-            self.unify(head, y, cause)
-        elif x.size % y.size == 0:
-            head, tail = self.split(x, y.size, x.size // y.size, cause)
-            self.unify(head, y, cause)
-            rest_a, rest_b = (tail, *a.factors[1:]), b.factors[1:]
-        elif y.size % x.size == 0:
-            head, tail = self.split(y, x.size, y.size // x.size, cause)
-            self.unify(head, x, cause)
-            rest_a, rest_b = a.factors[1:], (tail, *b.factors[1:])
+        """Equate what the two have in common at the front, else at the back; what is left in between has to stay."""
+        front = math.gcd(a.factors[0].size, b.factors[0].size)
+        back = math.gcd(a.factors[-1].size, b.factors[-1].size)
+        if front > 1:
+            (head_a, rest_a), (head_b, rest_b) = (self._split_front(x, front, cause) for x in (a, b))
+            self.unify(head_a, head_b, cause)
+        elif back > 1:
+            (rest_a, tail_a), (rest_b, tail_b) = (self._split_back(x, back, cause) for x in (a, b))
+            self.unify(tail_a, tail_b, cause)
         else:
             self._give_up((a, b), cause, f"no common refinement of {a!r} and {b!r}")
             return
-        if rest_a:
-            self.unify(Prod(rest_a), Prod(rest_b), cause)
+        self.unify(rest_a, rest_b, cause)
+
+    def _split_front(self, axis: Prod, size: int, cause: Cause) -> tuple[Axis, Axis]:
+        """The first ``size`` of the first factor, which it divides, and all that follows."""
+        first = axis.factors[0]
+        head, rest = self.split(first, size, first.size // size, cause)
+        return head, Prod((rest, *axis.factors[1:]))
+
+    def _split_back(self, axis: Prod, size: int, cause: Cause) -> tuple[Axis, Axis]:
+        """All that comes before, and the last ``size`` of the last factor, which it divides."""
+        last = axis.factors[-1]
+        rest, tail = self.split(last, last.size // size, size, cause)
+        return Prod((*axis.factors[:-1], rest)), tail
 
     def _give_up(self, axes: Sequence[Axis], cause: Cause, detail: str) -> None:
         reason = Cause(cause.node, cause.op, cause.source, detail)
@@ -418,9 +426,17 @@ class Axes:
                 a, b = self.split(factor, need, factor.size // need, cause)
                 return resolve(Prod((*axis.factors[:k], a))), resolve(Prod((b, *axis.factors[k + 1 :])))
             done *= factor.size
-        self._give_up((axis,), cause, f"{axis!r} has no factors {p} x {q}")
+        return self._split_misaligned(axis, p, q, cause)
+
+    def _split_misaligned(self, axis: Prod, p: int, q: int, cause: Cause) -> tuple[Axis, Axis]:
+        """No factor ends at ``p``: what divides both at the front and at the back stays free, the middle is frozen."""
+        front, back = math.gcd(axis.factors[0].size, p), math.gcd(axis.factors[-1].size, q)
+        head, rest = self._split_front(axis, front, cause)
+        flat = resolve(rest)
+        middle, tail = self._split_back(flat, back, cause) if isinstance(flat, Prod) else (flat, Fixed(1, _TRIVIAL))
+        self._give_up((middle,), cause, f"no factors {p} x {q}")
         reason = Cause(cause.node, cause.op, cause.source, f"no factors {p} x {q}")
-        return Fixed(p, reason), Fixed(q, reason)
+        return resolve(Prod((head, Fixed(p // front, reason)))), resolve(Prod((Fixed(q // tail.size, reason), tail)))
 
     def _split_cat(self, axis: Cat, p: int, q: int, cause: Cause) -> tuple[Axis, Axis]:
         if all(part.size % q == 0 for part in axis.parts):

@@ -109,14 +109,25 @@ def test_common_refinement() -> None:
 
 
 def test_no_common_refinement_freezes() -> None:
-    """An axis that is 4 x 9 and 6 x 6 has no refinement, so it is frozen, with the cause."""
+    """An axis that is 4 x 9 and 9 x 4 has no refinement, so it is frozen, with the cause."""
+    axes = Axes()
+    a = axes.atom(36, ("a", 0))
+    axes.split(a, 4, 9, WHY)
+    p, q = axes.split(a, 9, 4, WHY)
+    assert not live_atoms([a, p, q])
+    assert isinstance(resolve(a), Fixed)
+    assert "9 x 4" in str(resolve(a).cause)
+
+
+def test_only_what_has_no_refinement_freezes() -> None:
+    """An axis that is 4 x 9 and 6 x 6 keeps the 2 at its front and the 3 at its back free."""
     axes = Axes()
     a = axes.atom(36, ("a", 0))
     axes.split(a, 4, 9, WHY)
     p, q = axes.split(a, 6, 6, WHY)
-    assert not live_atoms([a, p, q])
-    assert isinstance(resolve(a), Fixed)
-    assert "6 x 6" in str(resolve(a).cause)
+    assert [atom.size for atom in live_atoms([a])] == [2, 3]
+    assert [atom.size for atom in live_atoms([p])] == [2]
+    assert [atom.size for atom in live_atoms([q])] == [3]
 
 
 def test_misaligned_rows_are_kept_alike() -> None:
