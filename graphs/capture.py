@@ -24,7 +24,7 @@ from torch.fx import Graph
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
-from chase_fx.graphs.leaves import Leaves
+from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
@@ -157,14 +157,15 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def _quiet_torch() -> Iterator[None]:
+def _quiet_torch(root: nn.Module) -> Iterator[None]:
     """Fast paths off (they hide the operators), and no complaint about batch statistics of a single value."""
     fast = torch.backends.mha.get_fastpath_enabled()
     verify = _functional._verify_batch_size
     torch.backends.mha.set_fastpath_enabled(False)
     _functional._verify_batch_size = lambda _: None
     try:
-        yield
+        with plain_recurrence(root):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         _functional._verify_batch_size = verify
@@ -258,7 +259,7 @@ def _record(
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
             p.requires_grad = False
-        with torch.enable_grad(), _quiet_torch(), fake or nullcontext():
+        with torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             with recorder.running():
                 out = root.forward(*args, **kwargs)

@@ -27,6 +27,10 @@ def as_tuple(args: Any) -> tuple[Any, ...]:
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     """The arguments by the names of the forward's signature."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is compiled by TorchScript, which hides its operations; trace the Python model"
+        )
     try:
         return inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:

@@ -7,6 +7,7 @@ made when somebody uses the number as an argument.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, Protocol, Self
 
 from torch.fx import Node
 
-__all__ = ["LiveFloat", "LiveInt", "NumberRecorder", "is_live"]
+__all__ = ["LiveFloat", "LiveInt", "NumberRecorder", "is_live", "live_math"]
 
 
 class NumberRecorder(Protocol):
@@ -112,7 +113,15 @@ def _unary(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda self: _derive(fn, self._recorder, (self,))
 
 
-_UNARY = {"neg": operator.neg}
+_UNARY: dict[str, Callable[[Any], Any]] = {
+    "neg": operator.neg,
+    "abs": operator.abs,
+    "round": round,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "trunc": math.trunc,
+}
+_SHIFTS = {"rshift": operator.rshift, "lshift": operator.lshift}
 _BINARY = {
     "add": operator.add,
     "sub": operator.sub,
@@ -129,3 +138,16 @@ for _cls in (LiveInt, LiveFloat):
         setattr(_cls, f"__r{_name}__", _backward)
     for _name, _operator in _UNARY.items():
         setattr(_cls, f"__{_name}__", _unary(_operator))
+for _name, _fn in _SHIFTS.items():
+    _forward, _backward = _binary(_fn)
+    setattr(LiveInt, f"__{_name}__", _forward)
+    setattr(LiveInt, f"__r{_name}__", _backward)
+
+
+def live_math(function: Callable[..., Any], recorder: NumberRecorder) -> Callable[..., Any]:
+    """A function of Python's ``math`` that gives a live number for a live number."""
+
+    def call(*args: Any) -> Any:
+        return _derive(function, recorder, args) if any(map(is_live, args)) else function(*args)
+
+    return call

@@ -6,10 +6,12 @@ Nothing is proxied: the model runs on its real tensors, so all Python control fl
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
-from chase_fx.graphs.live import LiveInt
+from chase_fx.graphs.live import LiveInt, live_math
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape, TapeMode
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
@@ -48,6 +50,8 @@ _READS_DATA = frozenset(
         "is_nonzero", "__array__", "__contains__",
     }
 )  # fmt: skip
+# Functions of Python's math that keep a live number live while recording.
+_MATH = {name: getattr(math, name) for name in ("sqrt", "log", "log2", "exp", "isqrt")}
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
@@ -55,6 +59,9 @@ _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
 _DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
 _SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+
+
+Patch = tuple[Any, str, Any]  # owner, attribute, what it is while recording
 
 
 class Recorder(TorchFunctionMode):
@@ -85,6 +92,20 @@ class Recorder(TorchFunctionMode):
         """Record everything inside the block."""
         training = {id(m): m.training for m in self.root.modules()}
         hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
+        for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
+            module.__dict__.pop("training", None)
+        patches = [*self._module_patches(training), self._function_patch()]
+        patches += [(math, name, live_math(function, self)) for name, function in _MATH.items()]
+        try:
+            with _patched(patches), self.tape_mode, self:
+                self._active = True
+                yield
+        finally:
+            self._active = False
+            for module in hidden:
+                module.__dict__.setdefault("training", training[id(module)])
+
+    def _module_patches(self, training: dict[int, bool]) -> list[Patch]:
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
         original_setattr = nn.Module.__setattr__
         recorder = self
@@ -103,38 +124,25 @@ class Recorder(TorchFunctionMode):
                 return training[id(module)]
             return original_getattr(module, name)
 
-        original_apply = torch.autograd.Function.__dict__["apply"]
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            run = original_apply.__get__(None, cls)
-            if not recorder._active:
-                return run(*args, **kwargs)
-            return recorder._call_autograd_function(cls, run, args, kwargs)
-
-        torch.autograd.Function.apply = classmethod(apply)  # while recording
-
         def setattribute(module: nn.Module, name: str, value: Any) -> None:
             if recorder._active and isinstance(value, torch.Tensor) and name in module.__dict__.get("_buffers", ()):
                 recorder._write_buffer(module, name, value)
             original_setattr(module, name, value)
 
-        nn.Module.__setattr__ = setattribute  # type: ignore[method-assign,assignment]  # while recording
-        for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
-            module.__dict__.pop("training", None)
-        nn.Module.__call__ = call  # type: ignore[method-assign]  # while recording
-        nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]  # while recording
-        try:
-            with self.tape_mode, self:
-                self._active = True
-                yield
-        finally:
-            self._active = False
-            torch.autograd.Function.apply = original_apply
-            nn.Module.__call__ = original_call  # type: ignore[method-assign]  # while recording
-            nn.Module.__setattr__ = original_setattr  # type: ignore[method-assign]  # while recording
-            nn.Module.__getattr__ = original_getattr  # type: ignore[method-assign]  # while recording
-            for module in hidden:
-                module.__dict__.setdefault("training", training[id(module)])
+        new = {"__call__": call, "__getattr__": getattribute, "__setattr__": setattribute}
+        return [(nn.Module, name, function) for name, function in new.items()]
+
+    def _function_patch(self) -> Patch:
+        original = torch.autograd.Function.__dict__["apply"]
+        recorder = self
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            run = original.__get__(None, cls)
+            if not recorder._active:
+                return run(*args, **kwargs)
+            return recorder._call_autograd_function(cls, run, args, kwargs)
+
+        return torch.autograd.Function, "apply", classmethod(apply)
 
     def recording(self) -> bool:
         """Whether live numbers are to write their arithmetic down."""
@@ -261,7 +269,7 @@ class Recorder(TorchFunctionMode):
         start = len(self.tape.ops)
         with self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
-        node = self.graph.call_function(cls.apply, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self.graph.call_function(_caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -380,3 +388,27 @@ def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     return name.endswith("_")
+
+
+@contextmanager
+def _patched(patches: Sequence[Patch]) -> Iterator[None]:
+    """Attributes of classes and modules replaced inside the block."""
+    originals = [(owner, name, owner.__dict__[name]) for owner, name, _ in patches]
+    try:
+        for owner, name, replacement in patches:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+@functools.cache
+def _caller_of(cls: Any) -> Callable[..., Any]:
+    """A plain function that applies an autograd function, for ``cls.apply`` is bound to the class and has no name."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
+    return call

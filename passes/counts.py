@@ -54,6 +54,8 @@ class Counts:
         trace, so a size is scaled by its live part. Fixed *parts* of a concatenation are shifted instead.
         """
         axis = resolve(axis)
+        if not self.live(axis):
+            return 1, 1, 0
         if isinstance(axis, Prod):
             parts = [f for f in axis.factors if not isinstance(f, Fixed)]
             return math.prod(f.size for f in parts), math.prod(map(self.kept, parts)), 0

@@ -265,8 +265,10 @@ def _normalized_shape(site: CallSite) -> None:
 def _groups(index: int, name: str) -> Handler:
     def handler(site: CallSite) -> None:
         group = site.note("groups")
-        if group is not None and site.counts.live(group):
-            site.set(index, name, site.counts.kept(group))
+        if group is None or not site.counts.live(group):
+            return
+        old = site.arg(index, name)  # a computed count (batch x channels) scales, a number is replaced
+        site.set(index, name, site.shrink(old, group) if isinstance(old, Node) else site.counts.kept(group))
 
     return handler
 

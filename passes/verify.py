@@ -20,6 +20,7 @@ from torch.fx import Interpreter, Node
 from chase_fx.errors import ArgumentError, VerificationError
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, tensors_in
 from chase_fx.passes.reference import MaskedReference, gather_kept
@@ -112,7 +113,10 @@ def _compare(
     for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
         parameter.requires_grad = False
     try:
-        with torch.enable_grad():  # as in the capture: a view taken with gradients enabled makes another call
+        with (
+            torch.enable_grad(),
+            plain_recurrence(traced),
+        ):  # as in the capture: a view taken with gradients enabled makes another call
             reference = MaskedReference(traced, channels, 0, masks)
             expected = reference.run(*_placed(reference, inputs))
             recorded = _Recording(slim, graph=slim.graph)

@@ -11,6 +11,8 @@ __all__ = ["check_choice", "check_count", "check_order", "check_share"]
 
 def check_share(name: str, value: float, *, closed: bool = False) -> None:
     """Raise ArgumentError unless ``value`` is in [0, 1), or in [0, 1] where ``closed``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"{name}={value!r} is no number; it is a share, so 0.9 means 90 %")
     good = 0 <= value <= 1 if closed else 0 <= value < 1
     if not good:
         msg = f"{name}={value} is outside [0, 1{']' if closed else ')'}; it is a share, so 0.9 means 90 %"
@@ -19,6 +21,8 @@ def check_share(name: str, value: float, *, closed: bool = False) -> None:
 
 def check_count(name: str, value: int | None) -> None:
     """Raise ArgumentError unless ``value`` is a whole number of at least 1, or ``None`` (a default)."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1):
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1")
     if value is not None and (value != int(value) or value <= 0):
         msg = f"{name}={value} must be a whole number of at least 1"
         raise ArgumentError(msg)
