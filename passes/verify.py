@@ -55,7 +55,7 @@ class VerificationReport:
     def __str__(self) -> str:
         return (
             f"exact: {self.outputs} outputs differ by at most {self.difference:.1e} (relative, {self.dtype}), "
-            f"{self.nodes} nodes compared"
+            f"{self.nodes} nodes ran under masks"
         )
 
 
