@@ -418,3 +418,19 @@ def test_damaged_plan(text: str) -> None:
     """A plan that to_json did not write is a CheckpointError."""
     with pytest.raises(CheckpointError):
         chase_fx.PruningPlan.from_json(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_hides_no_difference(dtype: torch.dtype) -> None:
+    """A slim module with a wrong inner weight is refused, also where the last bias is all that its output shows."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype)
+    with torch.no_grad():
+        net[2].bias.fill_(1e12)
+    traced = chase_fx.trace(net, torch.randn(3, 4, dtype=dtype))
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    chase_fx.verify(traced, slim)
+    with torch.no_grad():
+        slim.get_parameter("0.weight").mul_(2)
+    with pytest.raises(VerificationError) as caught:
+        chase_fx.verify(traced, slim)
+    assert caught.value.node == "_0"
