@@ -186,15 +186,22 @@ def _gross_difference(
     Outputs alone would not show everything: where most channels are gone, the last bias can be nearly all of them.
     """
     matters = _value_nodes(slim.graph)
+    reach: dict[str, float] = {}  # largest value among the node and all that it is computed from
     for node in slim.graph.nodes:
-        want, have = reference.values.get(node.name), recorded.values.get(node.name)
+        operands = [n.name for n in node.all_input_nodes]
+        have = recorded.values.get(node.name)
+        own = 0.0 if have is None else _scale(have)
+        reach[node.name] = max(own, max((reach[n] for n in operands), default=0.0))
+        want = reference.values.get(node.name)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if want is None or have is None or node not in matters or name in _UNINITIALISED:
             continue
         if not want.is_floating_point():
             continue
-        operands = [recorded.values[n.name] for n in node.all_input_nodes if n.name in recorded.values]
-        difference = _relative(want, have, max(map(_scale, operands), default=0.0))
+        # Where values cancel, what is left is rounding of what they were computed from.
+        rounding = 1e4 * torch.finfo(want.dtype).eps * reach[node.name]
+        near = max((_scale(recorded.values[n]) for n in operands if n in recorded.values), default=0.0)
+        difference = _relative(want, have, max(near, rounding / _GROSS))
         if difference > _GROSS:
             return node, difference
     return None

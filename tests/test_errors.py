@@ -434,3 +434,17 @@ def test_a_bias_hides_no_difference(dtype: torch.dtype) -> None:
     with pytest.raises(VerificationError) as caught:
         chase_fx.verify(traced, slim)
     assert caught.value.node == "_0"
+
+
+def test_cancelled_values_are_no_difference() -> None:
+    """Values that cancel to nothing but rounding, here the mean of what an instance norm centred, are not compared."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 12, 1),
+        nn.InstanceNorm2d(12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).double()
+    slim = chase_fx.prune(net, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert slim.get_submodule("5").in_features == 6
