@@ -294,6 +294,18 @@ class Axes:
 
     def _bind(self, atom: Atom, axis: Axis) -> None:
         atom.ref = axis
+        if atom.least > 1:
+            self.require(axis, atom.least)
+
+    def require(self, axis: Axis, least: int) -> None:
+        """At least ``least`` indices of ``axis`` stay; its largest piece has to see to it where one each is too few."""
+        axis = resolve(axis)
+        if isinstance(axis, Atom):
+            axis.least = max(axis.least, min(least, axis.size))
+        elif isinstance(axis, Prod):
+            self.require(max(axis.factors, key=lambda f: f.size), least)
+        elif isinstance(axis, Cat) and len(axis.parts) < least:
+            self.require(max(axis.parts, key=lambda p: p.size), least - len(axis.parts) + 1)
 
     def _unify_cats(self, a: Cat, b: Cat, cause: Cause) -> None:
         cuts = sorted(set(np.cumsum([p.size for p in a.parts])) | set(np.cumsum([p.size for p in b.parts])))

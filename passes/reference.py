@@ -22,9 +22,14 @@ from chase_fx.graphs.rules.base import Facts
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import TracedModule
 
-__all__ = ["MaskedReference", "gather_kept"]
+__all__ = ["MaskedReference", "gather_kept", "initialised"]
 
 aten = torch.ops.aten
+
+# Calls that mask nothing, and that another precision makes or leaves out: what is cast in single precision may have
+# its type already in double.
+_CASTS = frozenset({aten._to_copy.default, aten.alias.default})
+_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
 def gather_kept(tensor: torch.Tensor, labels: tuple[Axis, ...], masks: Mapping[Atom, np.ndarray]) -> torch.Tensor:
@@ -34,6 +39,17 @@ def gather_kept(tensor: torch.Tensor, labels: tuple[Axis, ...], masks: Mapping[A
         if mask is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
     return tensor
+
+
+def initialised(node: Node, value: Any) -> Any:
+    """``value``; memory that ``node`` left as it was found gets one number, the same in every run.
+
+    What the forward writes later replaces it, so a place that only one of two graphs writes still shows.
+    """
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in _UNINITIALISED and isinstance(value, torch.Tensor):
+        value.fill_(0.7 if value.is_floating_point() or value.is_complex() else 1)
+    return value
 
 
 class MaskedReference(Interpreter):
@@ -59,9 +75,10 @@ class MaskedReference(Interpreter):
         start, stop = n.meta.get("tape", (0, 0))
         if start == stop:
             return super().run_node(n)
-        ops = [(self.tape.ops[i], self.facts.get(i)) for i in range(start, stop)]
+        ops = [(op, self.facts.get(i)) for i in range(start, stop) if (op := self.tape.ops[i]).op not in _CASTS]
         with _MaskedCalls(ops, self):
             out = super().run_node(n)
+        out = initialised(n, out)
         slot = n.meta.get("slot")
         if isinstance(out, torch.Tensor) and slot is not None and slot.index in self.labels:
             # A copy: a later node may write to it in place.
@@ -83,6 +100,8 @@ class _MaskedCalls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _CASTS:
+            return func(*args, **kwargs)
         op, facts = next(self.ops, (None, None))
         if op is None or op.op is not func:
             raise VerificationError(

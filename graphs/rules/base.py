@@ -130,8 +130,7 @@ class LabelledOp:
 
     def at_least_two(self, axis: Axis) -> None:
         """A spread is measured along this axis: of a single unit there is none."""
-        for atom in atoms_of(axis):
-            atom.least = max(atom.least, 2)
+        self.axes.require(axis, 2)
 
     def contract(self, slot: Slot, dim: int) -> None:
         """Note that ``dim`` of ``slot`` is summed over."""

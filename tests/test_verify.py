@@ -1,0 +1,80 @@
+"""Models on which a careless comparison would find differences that are none, or miss those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from tests.oracle import assert_exact, randomise
+
+
+class Between(nn.Module):
+    """A step between two linear layers."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.step(self.first(x)))
+
+
+def rows() -> Tensor:
+    return torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def written(x: Tensor) -> Tensor:
+    """Memory that is written piece by piece."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1])
+    out[..., :4].copy_(x[..., :4])
+    out[..., 4:].copy_(x[..., 4:].relu())
+    return out
+
+
+def drawn(x: Tensor) -> Tensor:
+    """Rows in a random order, in eval mode too."""
+    return x[torch.multinomial(torch.ones(x.shape[0]), x.shape[0])]
+
+
+@pytest.mark.parametrize("step", [written, drawn])
+def test_what_is_random_in_both_runs_is_no_difference(step: Callable[[Tensor], Tensor]) -> None:
+    """Memory that is not written yet and random draws are alike in both runs; the generator is left as it was."""
+    model = randomise(Between(step))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        slim = chase_fx.prune(model, (rows(),))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert slim.plan.new_shape("first.weight") == (4, 5)
+    if step is written:
+        assert_exact(model, slim, (rows(),))
+
+
+class Standardised(nn.Module):
+    """A pointwise convolution whose weight is standardised over its inputs, which a group norm factors later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)
+        self.norm = nn.GroupNorm(4, 8)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.last.weight
+        flat = F.batch_norm(weight.reshape(1, 6, -1), None, None, training=True, momentum=0.0)
+        x = self.first(x)
+        x = F.conv2d(x, flat.reshape_as(weight)) + F.conv2d(self.norm(x), weight)
+        return self.head(x)
+
+
+def test_a_spread_keeps_two_units_of_an_axis_that_is_factored_later() -> None:
+    model = randomise(Standardised())
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    slim = chase_fx.prune(model, (images,), channel_sparsity=0.9)
+    assert slim.plan.new_shape("last.weight")[1] == 2
