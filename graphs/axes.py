@@ -59,7 +59,7 @@ class Axis:
 class Atom(Axis):
     """``size`` units that nothing ties to each other. ``ref`` is what the atom was found to equal, once it was."""
 
-    __slots__ = ("carrier", "least", "owner", "ref", "serial", "weak")
+    __slots__ = ("carrier", "least", "multiple", "owner", "ref", "serial", "weak")
 
     def __init__(self, size: int, owner: AxisName, serial: int) -> None:
         self.size = size
@@ -68,6 +68,7 @@ class Atom(Axis):
         self.serial = serial
         self.carrier = False  # a head or a convolution group: the first choice of what to remove in a product
         self.least = 1  # units that have to stay: a variance needs two
+        self.multiple = 1  # the number that stays is a multiple of this: some kernels want aligned rows
         self.weak = False  # born of an expand: the last choice
 
     def __repr__(self) -> str:
@@ -275,6 +276,7 @@ class Axes:
             old.carrier = old.carrier or new.carrier
             old.weak = old.weak and new.weak
             old.least = max(old.least, new.least)
+            old.multiple = math.lcm(old.multiple, new.multiple)
             new.ref = old
         elif isinstance(a, Atom):
             self._bind(a, b)
@@ -294,18 +296,25 @@ class Axes:
 
     def _bind(self, atom: Atom, axis: Axis) -> None:
         atom.ref = axis
-        if atom.least > 1:
-            self.require(axis, atom.least)
+        if atom.least > 1 or atom.multiple > 1:
+            self.require(axis, atom.least, atom.multiple)
 
-    def require(self, axis: Axis, least: int) -> None:
-        """At least ``least`` indices of ``axis`` stay; its largest piece has to see to it where one each is too few."""
+    def require(self, axis: Axis, least: int, multiple: int = 1) -> None:
+        """At least ``least`` indices of ``axis`` stay, and a multiple of ``multiple`` of them.
+
+        The largest piece sees to it where one index of each is too few; every part of a concatenation and one factor
+        of a product sees to the multiple.
+        """
         axis = resolve(axis)
         if isinstance(axis, Atom):
             axis.least = max(axis.least, min(least, axis.size))
+            axis.multiple = math.lcm(axis.multiple, multiple)
         elif isinstance(axis, Prod):
-            self.require(max(axis.factors, key=lambda f: f.size), least)
-        elif isinstance(axis, Cat) and len(axis.parts) < least:
-            self.require(max(axis.parts, key=lambda p: p.size), least - len(axis.parts) + 1)
+            self.require(max(axis.factors, key=lambda f: (f.size % multiple == 0, f.size)), least, multiple)
+        elif isinstance(axis, Cat):
+            largest = max(axis.parts, key=lambda p: p.size)
+            for part in axis.parts:
+                self.require(part, max(least - len(axis.parts) + 1, 1) if part is largest else 1, multiple)
 
     def _unify_cats(self, a: Cat, b: Cat, cause: Cause) -> None:
         cuts = sorted(set(np.cumsum([p.size for p in a.parts])) | set(np.cumsum([p.size for p in b.parts])))

@@ -74,6 +74,7 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
         multiple = round_to
         for others in contexts:
             multiple = round_to // math.gcd(round_to, math.prod(_kept(o, share) for o in others) or 1)
+        multiple = math.lcm(multiple, group.atom.multiple)
         if multiple > 1:
             keep = min(group.size, max(multiple, round(keep / multiple) * multiple))
         counts[group.name] = keep
@@ -175,4 +176,7 @@ def _global_counts(channels: ChannelGraph, counts: dict[str, int], scores: dict[
     out = dict(floors)
     for _, i, _ in sorted(ranked)[:left]:
         out[channels.groups[i].name] += 1
+    for group in channels.groups:
+        multiple = group.atom.multiple
+        out[group.name] = min(group.size, -(-out[group.name] // multiple) * multiple)
     return out

@@ -215,6 +215,13 @@ def test_in_place_forms_share_their_rule() -> None:
         lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"),
         lambda y: F.pad(y, (1, 1, 1, 1), mode="reflect"),
         lambda y: y.masked_fill(y > 0.5, 0.0),
+        lambda y: y.masked_fill(y > 0.5, y.mean()),
+        lambda y: y.clone().masked_fill_(y[:, :1] > 0.5, 0.0),
+        lambda y: y * torch.floor_divide(y, 0.7),
+        lambda y: y * F.mse_loss(y, y.relu()) + F.smooth_l1_loss(y, y.tanh(), reduction="none"),
+        lambda y: y * F.binary_cross_entropy_with_logits(y, y.sigmoid(), reduction="sum"),
+        lambda y: y * torch.cdist(y.flatten(2).mT, y.flatten(2).mT).sum((1, 2))[:, None, None, None],
+        lambda y: y + torch.linalg.solve_triangular(torch.eye(4).to(y) + y[0, 0].tril(), y, upper=False),
         lambda y: torch.where(y > 0, y, y * 0.1),
         lambda y: F.normalize(y, dim=1),
         lambda y: torch.einsum("nchw,ndhw->nchw", y, y),
@@ -252,3 +259,25 @@ def test_one_operator_between_two_layers(step: object) -> None:
         assert slim.get_parameter("a.weight").shape[0] < 8
         assert chase_fx.verify(chase_fx.trace(net, x), slim).difference <= EXACT
         assert slim(x[:1]).shape == net(x[:1]).shape
+
+
+def test_grouped_products() -> None:
+    """Rows that are counted out to experts: the inner and outer widths of the experts can shrink."""
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+        hidden = F.grouped_mm(m.a(x), m.up, offs=offsets).relu()
+        return m.out(F.grouped_mm(hidden, m.down.transpose(1, 2), offs=offsets))
+
+    torch.manual_seed(0)
+    net = Net(forward, a=nn.Linear(5, 16), out=nn.Linear(16, 3))
+    net.up, net.down = nn.Parameter(torch.randn(3, 16, 32)), nn.Parameter(torch.randn(3, 16, 32))
+    for sparsity, kept in ((0.5, (3, 8, 16)), (0.8, (3, 4, 8))):  # the kernel takes multiples of four only
+        slim = chase_fx.prune(net, torch.randn(6, 5), channel_sparsity=sparsity)
+        assert slim.plan.new_shape("up") == kept
+        assert slim.plan.new_shape("down") == kept
+    channels = chase_fx.analyze(chase_fx.trace(net, torch.randn(6, 5)))
+    ranked = channels.plan(0.55, scope="global")
+    assert all(n % 4 == 0 for n in ranked.new_shape("up")[1:])

@@ -17,11 +17,11 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     # pointwise
     (
         pointwise.broadcast,
-        "add sub mul div pow where lerp addcmul addcdiv maximum minimum copy fill _prelu_kernel prelu",
+        "add sub mul div floor_divide pow where lerp addcmul addcdiv maximum minimum copy fill _prelu_kernel prelu",
     ),
     (
         pointwise.broadcast,
-        "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter",
+        "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter masked_fill",
     ),
     (pointwise.unary, "clone native_dropout dropout _to_copy lift_fresh lift_fresh_copy lift bernoulli nan_to_num"),
     (pointwise.unary, "feature_dropout alpha_dropout view_as_real_copy fill zero uniform normal exponential"),
@@ -51,6 +51,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (contraction.old_norm, "norm"),
     (contraction.weight_norm, "_weight_norm_interface"),
     (contraction.trilinear, "_trilinear"),
+    (contraction.grouped_mm, "_grouped_mm"),
+    (contraction.distance, "_cdist_forward _euclidean_dist cdist"),
+    (contraction.solve_triangular, "linalg_solve_triangular"),
     # normaliser
     (normaliser.batch_norm, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (normaliser.batch_norm, "_native_batch_norm_legit_functional cudnn_batch_norm miopen_batch_norm"),
@@ -59,6 +62,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (normaliser.rms_norm, "_fused_rms_norm"),
     (normaliser.group_norm, "native_group_norm"),
     (normaliser.average, "mean var std var_mean std_mean"),
+    (normaliser.loss, "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits"),
+    (normaliser.label_loss, "nll_loss nll_loss_forward nll_loss2d_forward _ctc_loss multi_margin_loss"),
     (normaliser.softmax, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
     (normaliser.extreme, "max min amax amin aminmax argmax argmin logsumexp prod any all median mode"),
     (normaliser.ordered, "sort topk kthvalue argsort"),

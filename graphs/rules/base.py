@@ -132,6 +132,10 @@ class LabelledOp:
         """A spread is measured along this axis: of a single unit there is none."""
         self.axes.require(axis, 2)
 
+    def aligned(self, slot: Slot, dim: int) -> None:
+        """The operator takes rows along ``dim`` whose length is a multiple of 16 bytes only."""
+        self.axes.require(self[slot][dim], 1, max(16 // slot.dtype.itemsize, 1))
+
     def contract(self, slot: Slot, dim: int) -> None:
         """Note that ``dim`` of ``slot`` is summed over."""
         self.facts.contracted.append((slot, dim))
@@ -194,9 +198,12 @@ class Rules:
         if found is not None:
             return found
         namespace, _, name = op._schema.name.partition("::")
+        tags = set(op.tags)
         if name.endswith("_"):
             pure = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
             found = table.get(pure) if pure is not None else None
-        if found is None and torch.Tag.pointwise in op.tags:
+            same = getattr(pure, op._overloadname, None)  # torch leaves the tag out of some in-place forms
+            tags |= set(same.tags) if same is not None else set()
+        if found is None and torch.Tag.pointwise in tags:
             found = table.get(torch.Tag.pointwise)
         return found

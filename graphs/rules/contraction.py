@@ -12,7 +12,22 @@ from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
 from chase_fx.graphs.tape import Slot
 
-__all__ = ["addmm", "attention", "baddbmm", "bmm", "convolution", "dot", "linear", "mm", "mv", "norm", "total"]
+__all__ = [
+    "addmm",
+    "attention",
+    "baddbmm",
+    "bmm",
+    "convolution",
+    "distance",
+    "dot",
+    "grouped_mm",
+    "linear",
+    "mm",
+    "mv",
+    "norm",
+    "solve_triangular",
+    "total",
+]
 
 
 def convolution(op: LabelledOp) -> Labels | Refusal:
@@ -94,6 +109,60 @@ def mm(op: LabelledOp) -> Labels:
 
 
 bmm = mm
+
+
+def grouped_mm(op: LabelledOp) -> Labels | Refusal:
+    """``_grouped_mm(x, w, offs)``: consecutive rows of x, up to each offset, meet the weight of their own group.
+
+    x: (S, K), w: (G, K, N), offs: (G,) -> out: (S, N); rows and groups are counted, so they stay
+    """
+    x, w, offsets = op.arg(0, "self"), op.arg(1, "mat2"), op.arg(2, "offs")
+    if len(x.shape) != 2 or len(w.shape) != 3 or offsets is None:
+        return Refusal("only rows that are grouped against one weight for each group are known")
+    rows, inner = op[x]
+    group, k, n = op[w]
+    op.tie(inner, k)
+    op.contract(x, 1)
+    op.produce(n)
+    for d in (1, 2):
+        op.aligned(w, d)
+    for axis in (rows, group, *op[offsets]):
+        op.freeze(axis, "rows are counted out to groups")
+    bias = op.arg(3, "bias")
+    if bias is not None:
+        op.tie(n, op[bias][-1])
+    return (rows, n)
+
+
+def distance(op: LabelledOp) -> Labels | Refusal:
+    """``cdist(a, b, p)``: the norm of every difference of rows, a sum over their dim where removed units are zero.
+
+    a: (*B, P, M), b: (*B, R, M) -> (*B, P, R)
+    """
+    a, b, order = op.arg(0, "x1"), op.arg(1, "x2"), op.named("p", 2)
+    if not 0 < float(order) < float("inf"):
+        return Refusal(f"a norm of order {order} is no sum of powers")
+    la, lb = op[a], op[b]
+    for x, y in zip(la[:-2], lb[:-2], strict=True):
+        op.tie(x, y)
+    op.tie(la[-1], lb[-1])
+    for slot in (a, b):
+        op.contract(slot, len(slot.shape) - 1)
+    return (*la[:-1], lb[-2])
+
+
+def solve_triangular(op: LabelledOp) -> Labels:
+    """``linalg_solve_triangular(A, B, left=True)``: every row of the solution needs the ones before it.
+
+    A: (*N, n, n), B: (*N, n, k) -> (*N, n, k);  B: (*N, k, n) with left=False
+    """
+    a, b, left = op.arg(0, "self"), op.arg(1, "B"), bool(op.named("left", True))
+    la, lb = op[a], op[b]
+    for x, y in zip(la[:-2], lb[:-2], strict=True):
+        op.tie(x, y)
+    for axis in (*la[-2:], lb[-2] if left else lb[-1]):
+        op.freeze(axis, "an equation is solved over it")
+    return lb
 
 
 def _add_to(op: LabelledOp, product: Labels) -> Labels:

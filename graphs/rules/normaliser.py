@@ -6,9 +6,23 @@ from collections.abc import Sequence
 
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
+from chase_fx.graphs.rules.pointwise import broadcast
 from chase_fx.graphs.tape import Slot
 
-__all__ = ["average", "batch_norm", "extreme", "group_norm", "layer_norm", "ordered", "rms_norm", "softmax"]
+__all__ = [
+    "average",
+    "batch_norm",
+    "extreme",
+    "group_norm",
+    "label_loss",
+    "layer_norm",
+    "loss",
+    "ordered",
+    "rms_norm",
+    "softmax",
+]
+
+_UNREDUCED = 0  # torch's number for reduction="none"
 
 
 def batch_norm(op: LabelledOp) -> Sequence[Labels]:
@@ -134,3 +148,26 @@ def ordered(op: LabelledOp) -> Sequence[Labels]:
         else tuple(axis for d, axis in enumerate(op[x]) if d != dim)
         for out in op.op.outs
     ]
+
+
+def loss(op: LabelledOp) -> Sequence[Labels]:
+    """``mse_loss`` and its like: element by element, then averaged or summed over the units that exist.
+
+    x, target, weights: (*s) -> () or, with reduction="none", (*s)
+    """
+    if op.named("reduction", 1) == _UNREDUCED:
+        return broadcast(op)
+    slots = list(op.op.inputs())
+    for slot in slots[1:]:
+        for back in range(1, min(len(slot.shape), len(slots[0].shape)) + 1):
+            if slot.shape[-back] == slots[0].shape[-back]:
+                op.tie(op[slots[0]][-back], op[slot][-back])
+    for slot in slots:
+        for d in range(len(slot.shape)):
+            op.reduce(slot, d)
+    return [()]
+
+
+def label_loss(op: LabelledOp) -> Sequence[Labels]:
+    """``nll_loss``, ``ctc_loss``: a label picks a class, so all classes stay."""
+    return op.all_fixed("a label picks among its indices")
