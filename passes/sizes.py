@@ -305,5 +305,6 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups(1, "groups")),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
+    "deform_conv2d": _groups(11, "groups"),
     "scaled_dot_product_attention": _attention,
 }

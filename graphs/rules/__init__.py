@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import torch
 
-from chase_fx.graphs.rules import contraction, factory, lookup, movement, normaliser, pointwise, reshape, spatial
+from chase_fx.graphs.rules import (
+    contraction,
+    factory,
+    lookup,
+    movement,
+    normaliser,
+    pointwise,
+    regions,
+    reshape,
+    spatial,
+)
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rule, Rules
 
 __all__ = ["DEFAULT_RULES", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
-# rule -> names of the operators in torch.ops.aten
+# rule -> names of the operators in torch.ops.aten, or in full those of a package that need not be there
 _TABLE: tuple[tuple[Rule, str], ...] = (
     # pointwise
     (
@@ -121,6 +131,11 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (spatial.im2col, "im2col"),
     (spatial.col2im, "col2im"),
     (spatial.transform, "_fft_r2c _fft_c2c _fft_c2r"),
+    # regions
+    (regions.suppression, "torchvision::nms"),
+    (regions.region_pool, "torchvision::roi_align torchvision::roi_pool"),
+    (regions.region_pool_by_place, "torchvision::ps_roi_align torchvision::ps_roi_pool"),
+    (regions.deformable_convolution, "torchvision::deform_conv2d"),
     # factory
     (factory.constant, "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided"),
     (factory.fixed, "arange linspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),
@@ -131,6 +146,9 @@ def _build() -> Rules:
     table: dict[object, Rule] = {torch.Tag.pointwise: pointwise.broadcast}
     for rule, names in _TABLE:
         for name in names.split():
+            if "::" in name:
+                table[name] = rule
+                continue
             packet = getattr(torch.ops.aten, name, None)  # some operators exist in some builds of torch only
             if packet is not None:
                 table[packet] = rule

@@ -188,13 +188,13 @@ class Rules:
     table: Mapping[Any, Rule]
 
     def extend(self, more: Mapping[Any, Rule]) -> Rules:
-        """A new table with ``more`` on top; keys are operators (``torch.ops.aten.cat``) or single overloads."""
+        """A new table with ``more`` on top; keys are operators (``torch.ops.aten.cat``), their names or overloads."""
         return Rules({**self.table, **more})
 
     def find(self, op: torch._ops.OpOverload) -> Rule | None:
         """The rule of an operator: by overload, by operator, and for in-place and ``out=`` forms by their pure form."""
         table = self.table
-        found = table.get(op) or table.get(op.overloadpacket)
+        found = table.get(op) or table.get(op.overloadpacket) or table.get(op._schema.name)
         if found is not None:
             return found
         namespace, _, name = op._schema.name.partition("::")

@@ -21,6 +21,7 @@ __all__ = [
     "distance",
     "dot",
     "grouped_mm",
+    "grouped_output",
     "linear",
     "mm",
     "mv",
@@ -41,12 +42,7 @@ def convolution(op: LabelledOp) -> Labels | Refusal:
     spatial = len(w.shape) - 2
     c = len(x.shape) - spatial - 1
     x_labels, w_labels = op[x], op[w]
-    if groups == 1:
-        inner, outer = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
-        op.tie(x_labels[c], inner)
-        out = outer
-    else:
-        out = _grouped(op, x_labels[c], w_labels, groups, transposed)
+    out = grouped_output(op, x_labels[c], w_labels, groups, transposed=transposed)
     op.contract(x, c)
     op.produce(out)
     if bias is not None:
@@ -63,8 +59,12 @@ def convolution(op: LabelledOp) -> Labels | Refusal:
     return (*x_labels[:c], out, *kept_spatial)
 
 
-def _grouped(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, transposed: bool) -> Axis:
-    """Groups x channels in a group, one joint choice for both sides of the weight."""
+def grouped_output(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, *, transposed: bool) -> Axis:
+    """The output channels of a convolution; groups x channels in a group are one joint choice for both of its sides."""
+    if groups == 1:
+        inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
+        op.tie(x_axis, inner)
+        return outer
     if transposed:
         group, _ = op.split(w[0], groups, w[0].size // groups)
         out: Axis = Prod((group, w[1]))
