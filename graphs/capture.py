@@ -25,6 +25,7 @@ from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
+from chase_fx.graphs.live import HashedError
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
@@ -242,6 +243,21 @@ def _record(
     training: bool,
     unroll: bool = True,
 ) -> tuple[Graph, Capture, Recorder]:
+    try:
+        return _record_once(root, inputs, fake, training=training, unroll=unroll, may_hash=False)
+    except HashedError:  # from here on caches are watched
+        return _record_once(root, inputs, fake, training=training, unroll=unroll, may_hash=True)
+
+
+def _record_once(
+    root: nn.Module,
+    inputs: _Inputs,
+    fake: FakeTensorMode | None,
+    *,
+    training: bool,
+    unroll: bool,
+    may_hash: bool,
+) -> tuple[Graph, Capture, Recorder]:
     bound, device = inputs.bound, inputs.device
     if fake is not None:
         state = (*root.parameters(), *root.buffers())
@@ -250,7 +266,7 @@ def _record(
     root.train(training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves)
-    recorder.unroll = unroll
+    recorder.unroll, recorder.may_hash = unroll, may_hash
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -15,11 +15,21 @@ from typing import Any, Protocol, Self
 
 from torch.fx import Node
 
-__all__ = ["LiveFloat", "LiveInt", "NumberRecorder", "is_live", "live_math"]
+__all__ = ["HashedError", "LiveFloat", "LiveInt", "NumberRecorder", "is_live", "live_math"]
+
+
+class HashedError(BaseException):
+    """A live number is about to be looked up, maybe in a cache of results; no error that a model may catch."""
 
 
 class NumberRecorder(Protocol):
-    """What live numbers need from the recorder."""
+    """What live numbers need from the recorder.
+
+    Attributes:
+        may_hash: whether live numbers can be looked up: no cached function sees them.
+    """
+
+    may_hash: bool
 
     def recording(self) -> bool:
         """Whether arithmetic is to be written down right now."""
@@ -41,6 +51,11 @@ class _Live:
             self._node = self._build()
             self._node.meta["value"] = self.__copy__()  # what a rewrite takes for it on dims that are no batch or space
         return self._node
+
+    def __hash__(self) -> int:
+        if self._recorder.recording() and not self._recorder.may_hash:
+            raise HashedError
+        return hash(_plain(self))
 
     def __reduce__(self) -> Any:
         value = _plain(self)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
+from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, live_math
 from chase_fx.graphs.source import source_line
@@ -78,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self.specialised: list[str] = []
         self.reads_training = False
         self.unroll = True
+        self.may_hash = False
         self.unrolled = False
         self.results: tuple[torch.Tensor, ...] = ()
         self._mask_of: dict[Node, torch.Tensor] = {}
@@ -96,6 +98,7 @@ class Recorder(TorchFunctionMode):
             module.__dict__.pop("training", None)
         patches = [*self._module_patches(training), self._function_patch()]
         patches += [(math, name, live_math(function, self)) for name, function in _MATH.items()]
+        patches += uncached(self.root) if self.may_hash else ()
         try:
             with _patched(patches), self.tape_mode, self:
                 self._active = True

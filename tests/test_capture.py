@@ -333,3 +333,31 @@ def test_buffers_that_the_forward_assigns_are_written() -> None:
     assert torch.equal(traced.get_buffer("mean"), net.mean)
     kept = slim.plan.kept_indices()["mean"][0]
     torch.testing.assert_close(slim.get_buffer("mean"), net.mean[kept].detach(), rtol=1e-12, atol=1e-12)
+
+
+@functools.lru_cache
+def heads_of(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    """Sizes that are computed once for each shape, as einops does."""
+    return (*shape[:-1], heads, shape[-1] // heads)
+
+
+def test_cached_functions_of_sizes_keep_them_live() -> None:
+    """A cache of shapes that an earlier forward filled does not tie the graph to that forward's sizes."""
+
+    class Net(Body):
+        @functools.lru_cache  # noqa: B019
+        def rows(self, shape: tuple[int, ...]) -> int:
+            return shape[0] * shape[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = y.reshape(heads_of(y.shape, 2)).softmax(-2)
+            return self.b(y.reshape(self.rows(y.shape), 8))
+
+    model = Net().double()
+    small, large = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
+    model(small)
+    slim = chase_fx.prune(model, small)
+    assert torch.equal(chase_fx.trace(model, small)(large), model(large))
+    assert slim(large).shape == (35, 2)
+    assert all(type(size) is int for size in heads_of((2, 3, 8), 2))
