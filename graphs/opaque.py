@@ -60,7 +60,7 @@ def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, dict):
-        out: Any = copy.copy(value)
+        out: Any = {} if type(value) is dict else copy.copy(value)  # a compiler follows the one, not the other
         memo[id(value)] = out
         for key, item in value.items():
             out[key] = _walk(item, memo, replace)

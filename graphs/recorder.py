@@ -6,7 +6,6 @@ Nothing is proxied: the model runs on its real tensors, so all Python control fl
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import sys
@@ -23,7 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
+<<<<<<< HEAD
 from chase_fx.graphs.caches import uncached
+=======
+from chase_fx.graphs.functions import caller_of
+>>>>>>> 9636a53 (Traced and slim modules pickle: graphs as flat lists, operators by name)
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, live_math
 from chase_fx.graphs.source import source_line
@@ -272,7 +275,7 @@ class Recorder(TorchFunctionMode):
         start = len(self.tape.ops)
         with self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
-        node = self.graph.call_function(_caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -404,14 +407,3 @@ def _patched(patches: Sequence[Patch]) -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
-
-
-@functools.cache
-def _caller_of(cls: Any) -> Callable[..., Any]:
-    """A plain function that applies an autograd function, for ``cls.apply`` is bound to the class and has no name."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
-
-    call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
-    return call

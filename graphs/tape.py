@@ -7,11 +7,13 @@ what hundreds of torch functions and modules do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from chase_fx.graphs.pickling import from_plain, to_plain
 
 __all__ = ["Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
 
@@ -44,6 +46,14 @@ class TapedOp:
     source: str = ""
     call: str = ""  # the torch-level function or module of the node
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
+
+    def __getstate__(self) -> dict[str, Any]:
+        """An operator does not pickle, its name does."""
+        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, from_plain(value))
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """Argument ``index`` of the schema, whichever way it was passed."""

@@ -14,6 +14,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.leaves import Leaves
+from chase_fx.graphs.pickling import FlatGraph, flatten, restore
 from chase_fx.graphs.tape import Slot, Tape
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class TraceInfo:
     train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Analyses are made again when they are asked for."""
+        return {**self.__dict__, "analyses": {}}
+
 
 class TracedModule(GraphModule):
     """A GraphModule over the original module tree.
@@ -110,6 +115,12 @@ class TracedModule(GraphModule):
         """The graph of each captured mode, in the order of ``info.captures``."""
         return [self.graph] if self.train_graph is None else [self.graph, self.train_graph]
 
+    def __reduce__(self) -> Any:
+        train = flatten(self.train_graph) if self.train_graph is not None else None
+        state = {name: self.__dict__[name] for name in _MODULE_STATE}
+        extras = {"plan": self.plan, "meta": dict(self.meta)}
+        return _unpickle, (state, (flatten(self.graph), train), self.info, type(self).__name__, extras)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         root = nn.Module()
         for name in _MODULE_STATE:
@@ -122,6 +133,22 @@ class TracedModule(GraphModule):
         if self.plan is not None:
             new.__dict__["plan"] = self.plan
         return new
+
+
+def _unpickle(
+    state: dict[str, Any],
+    graphs: tuple[FlatGraph, FlatGraph | None],
+    info: TraceInfo,
+    class_name: str,
+    extras: dict[str, Any],
+) -> TracedModule:
+    root = nn.Module()
+    root.__dict__.update(state)
+    graph, train = (None if flat is None else restore(flat) for flat in graphs)
+    assert graph is not None
+    new = TracedModule.build(root, graph, train, info, class_name)
+    new.__dict__.update(extras)
+    return new
 
 
 def _compile(graph: Graph) -> Callable[..., Any]:
