@@ -22,11 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
-<<<<<<< HEAD
 from chase_fx.graphs.caches import uncached
-=======
 from chase_fx.graphs.functions import caller_of
->>>>>>> 9636a53 (Traced and slim modules pickle: graphs as flat lists, operators by name)
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, live_math
 from chase_fx.graphs.source import source_line
