@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.leaves import SIZE_ATTRIBUTES, Leaves
 
 __all__ = ["resize", "slice_tensor", "slim_tree"]
@@ -19,29 +19,30 @@ Kept = tuple[torch.Tensor | None, ...]
 
 
 def slice_tensor(tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """The kept indices of every dim; a copy that shares no memory."""
+    """The kept indices of every dim, of which at least one must be given; a copy that shares no memory."""
     out = tensor.detach()
     for dim, indices in enumerate(kept):
         if indices is not None:
             out = out.index_select(dim, indices.to(out.device))
-    return out.clone() if out.data_ptr() == tensor.data_ptr() else out
+    return out
 
 
 def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
     """A deep copy of the module's state in which the tensors named in ``pruned`` are sliced.
 
-    The slices go into deepcopy's memo, so ties between modules survive and dense tensors are never copied.
+    The slices go into deepcopy's memo, so ties between modules survive and the dense tensors are never copied.
     """
     memo: dict[int, Any] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        sliced = slice_tensor(tensor, pruned.get(name, (None,) * tensor.dim()))
+        if name not in pruned:
+            continue
+        sliced = slice_tensor(tensor, pruned[name])
         if isinstance(tensor, nn.Parameter):
-            parameter = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = parameter
+            memo[id(tensor)] = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = sliced.requires_grad_(tensor.requires_grad)
     names = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
-    return {name: copy.deepcopy(module.__dict__[name], memo) for name in names}
+    return {name: duplicate(module.__dict__[name], memo) for name in names}
 
 
 def resize(module: nn.Module, leaves: Leaves) -> None:

@@ -1,0 +1,102 @@
+"""Deep copies of module trees, at a fraction of ``copy.deepcopy``'s time and without copying the weights.
+
+A model is copied by ``trace`` and again by ``rewrite``, and neither copy is written to in between. So tensors are
+copied on write (``torch._lazy_clone``): a copy takes no memory until one of the two is written to. Modules are
+walked directly, where ``copy.deepcopy`` goes through pickling's protocol for each of a module's dozen dicts. The result
+is what ``copy.deepcopy`` gives; whatever asks for a way of its own gets it.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["copied", "duplicate"]
+
+_ATOMIC = frozenset(
+    {
+        type(None), bool, int, float, complex, str, bytes, type, range, torch.dtype, torch.device, torch.layout,
+        types.FunctionType, types.BuiltinFunctionType, type(Ellipsis), type(NotImplemented),
+    }
+)  # fmt: skip
+_DICTS = frozenset({dict, OrderedDict})
+_HOOKS = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+
+
+def duplicate(value: Any, memo: dict[int, Any]) -> Any:
+    """What ``copy.deepcopy(value, memo)`` gives."""
+    cls = type(value)
+    if cls in _ATOMIC:
+        return value
+    found = memo.get(id(value))
+    if found is not None:
+        return found
+    if cls in _DICTS:
+        new = memo[id(value)] = cls()
+        for key, item in value.items():
+            new[duplicate(key, memo)] = duplicate(item, memo)
+        return new
+    if cls is tuple and all(type(item) in _ATOMIC for item in value):
+        return value
+    if cls is nn.Parameter or cls is torch.Tensor:
+        new = memo[id(value)] = copied(value, memo)
+        return new
+    if isinstance(value, nn.Module) and _is_plain(cls):
+        return _module(value, memo)
+    return copy.deepcopy(value, memo)
+
+
+def _is_plain(cls: Any) -> bool:
+    """Whether an object of the class is made of its ``__dict__`` alone, and leaves its copying to Python."""
+    return (
+        cls.__reduce_ex__ is object.__reduce_ex__
+        and cls.__reduce__ is object.__reduce__
+        and cls.__getstate__ is object.__getstate__
+        and cls not in copyreg.dispatch_table
+        and not any(hasattr(cls, name) for name in _HOOKS)
+        and not copyreg._slotnames(cls)  # type: ignore[attr-defined]  # the stub leaves out what is private
+    )
+
+
+def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new: nn.Module = object.__new__(type(module))
+    memo[id(module)] = new
+    state = {name: duplicate(value, memo) for name, value in module.__dict__.items()}
+    new.__setstate__(state)
+    return new
+
+
+def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """A copy of a tensor, on write where nobody else holds its memory."""
+    if not _is_alone(tensor):
+        new: torch.Tensor = copy.deepcopy(tensor, memo)
+        return new
+    lazy = torch._lazy_clone(tensor.detach())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(lazy, requires_grad=tensor.requires_grad)
+    return lazy.requires_grad_(tensor.requires_grad)
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether the memory of ``tensor`` belongs to torch, on the CPU, and is reached through this tensor only.
+
+    A write to memory that is shared in another way (views, numpy arrays, other processes) would reach the copy too, and
+    pointers into the memory of an accelerator outlive the tensor in captured CUDA graphs.
+    """
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_conj():
+        return False
+    if not isinstance(tensor, nn.Parameter) and (tensor.__dict__ or not tensor.is_leaf or tensor.grad is not None):
+        return False
+    storage = tensor.untyped_storage()
+    return (
+        storage.nbytes() == tensor.numel() * tensor.itemsize
+        and not storage.is_shared()
+        and storage.resizable()  # not so for memory that came from or went to numpy
+        and torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor's and the one held here
+    )
