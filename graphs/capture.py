@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -186,8 +186,7 @@ class _Inputs:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        copied: nn.Module = duplicate(model, {})
-        return copied
+        return cast("nn.Module", duplicate(model, {}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "

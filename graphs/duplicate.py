@@ -37,6 +37,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     found = memo.get(id(value))
     if found is not None:
         return found
+    new: Any
     if cls in _DICTS:
         new = memo[id(value)] = cls()
         for key, item in value.items():
@@ -48,28 +49,23 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         new = memo[id(value)] = copied(value, memo)
         return new
     if isinstance(value, nn.Module) and _is_plain(cls):
-        return _module(value, memo)
+        state = value.__getstate__()
+        if type(state) is dict:
+            memo.setdefault(id(memo), []).append(state)  # as deepcopy does: what is in the memo has to stay alive
+            new = memo[id(value)] = object.__new__(cls)
+            new.__setstate__({name: duplicate(item, memo) for name, item in state.items()})
+            return new
     return copy.deepcopy(value, memo)
 
 
 def _is_plain(cls: Any) -> bool:
-    """Whether an object of the class is made of its ``__dict__`` alone, and leaves its copying to Python."""
+    """Whether the class leaves it to Python how its objects are taken apart and made."""
     return (
         cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
-        and cls.__getstate__ is object.__getstate__
         and cls not in copyreg.dispatch_table
         and not any(hasattr(cls, name) for name in _HOOKS)
-        and not copyreg._slotnames(cls)  # type: ignore[attr-defined]  # the stub leaves out what is private
     )
-
-
-def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new: nn.Module = object.__new__(type(module))
-    memo[id(module)] = new
-    state = {name: duplicate(value, memo) for name, value in module.__dict__.items()}
-    new.__setstate__(state)
-    return new
 
 
 def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
