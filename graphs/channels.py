@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from chase_fx.errors import ArgumentError
@@ -98,13 +99,15 @@ class ChannelGraph:
 
     def members_of(self, atom: Atom) -> tuple[Member, ...]:
         """Every axis that the units of ``atom`` touch, in the model's order."""
-        members = []
+        return tuple(
+            Member(name, d, torch.from_numpy(positions.copy()), (name, d) in self.labelling.producers)
+            for name, d, positions in self.positions_of(atom)
+        )
+
+    def positions_of(self, atom: Atom) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
+        """For every axis that the units of ``atom`` touch: (size, k), row i has the indices that belong to unit i."""
         for name, d in self._touched[atom]:
-            units = self._units_along(name, d)[atom]
-            k = len(units) // atom.size
-            positions = torch.from_numpy(units[:, 1].reshape(atom.size, k).copy())
-            members.append(Member(name, d, positions, (name, d) in self.labelling.producers))
-        return tuple(members)
+            yield name, d, self._units_along(name, d)[atom][:, 1].reshape(atom.size, -1)
 
     def _units_along(self, name: str, dim: int) -> dict[Atom, np.ndarray]:
         axis = resolve(self.labelling.state[name][dim])

@@ -10,11 +10,12 @@ import torch
 
 from chase_fx.errors import ArgumentError, NothingToPruneError
 from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, resolve
+from chase_fx.graphs.magnitude import Magnitude
 
 if TYPE_CHECKING:
     from chase_fx.graphs.channels import ChannelGraph, Group
 
-__all__ = ["Magnitude", "Score", "choose", "widths"]
+__all__ = ["Score", "choose", "widths"]
 
 Score = str | Callable[["Group"], torch.Tensor]
 
@@ -125,44 +126,6 @@ def _score(group: Group, score: Score) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.rand(group.size, generator=generator, dtype=torch.float64)
     raise ArgumentError(f"unknown score {score!r}; choose 'magnitude', 'random' or a function of a group")
-
-
-class Magnitude:
-    """Root mean square over every weight of a unit, each member in units of its own mean, so that none dominates."""
-
-    def __init__(self, channels: ChannelGraph) -> None:
-        self._channels = channels
-        self._energies: dict[tuple[str, int], torch.Tensor | None] = {}
-
-    def __call__(self, group: Group) -> torch.Tensor:
-        """(size,) scores of one group."""
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for member in group.members:
-            energy = self._energy(member.tensor, member.dim)
-            if energy is None:
-                continue
-            per_unit = energy[member.positions].mean(1)
-            mean = per_unit.mean()
-            if mean > 0:
-                total += per_unit / mean
-        return total.sqrt()
-
-    def _energy(self, name: str, dim: int) -> torch.Tensor | None:
-        """Sum of squares per index along ``dim``; computed once, for several groups may share the axis."""
-        key = (name, dim)
-        if key not in self._energies:
-            tensor = _tensor(self._channels, name).detach()
-            usable = tensor.is_floating_point() and not tensor.is_meta
-            others = [d for d in range(tensor.dim()) if d != dim]
-            norm = torch.linalg.vector_norm(tensor, dim=others) if usable and others else tensor
-            self._energies[key] = norm.to("cpu", torch.float64).square() if usable else None
-        return self._energies[key]
-
-
-def _tensor(channels: ChannelGraph, name: str) -> torch.Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(channels.module.get_submodule(owner), leaf)
-    return tensor
 
 
 def _global_counts(channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]) -> dict[str, int]:
