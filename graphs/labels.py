@@ -163,6 +163,8 @@ class _Propagation:
 
     def _refuse(self, view: LabelledOp, reason: str) -> list[Labels]:
         op = view.op
+        if not any(True for slot in op.inputs() for axis in view[slot] for _ in atoms_of(axis)):
+            return view.all_fixed(reason)  # no channel is lost by it
         shapes = ", ".join(str(s.shape) for s in op.inputs())
         if self.raise_on_unknown:
             raise UnsupportedOpError(

@@ -95,11 +95,15 @@ class _MaskedCalls(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
         self.ops = iter(ops)
         self.reference = reference
+        self.results: list[Any] = []  # torch detaches what a factory made if somebody else holds it, as the tape does
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        self.results.append(self._run(func, args, kwargs or {}))
+        return self.results[-1]
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CASTS:
             return func(*args, **kwargs)
         op, facts = next(self.ops, (None, None))

@@ -51,6 +51,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (contraction.addmm, "addmm"),
     (contraction.baddbmm, "baddbmm"),
     (contraction.mv, "mv"),
+    (contraction.addmv, "addmv"),
+    (contraction.addr, "addr"),
+    (contraction.addbmm, "addbmm"),
     (contraction.dot, "dot vdot"),
     (contraction.attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
     (contraction.attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
@@ -104,7 +107,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (movement.repeat, "repeat"),
     (movement.repeat_interleave, "repeat_interleave"),
     (movement.diagonal, "diagonal"),
+    (movement.diagonal_embedding, "diag_embed"),
     (movement.triangle, "tril triu"),
+    (movement.fold, "unfold_backward"),
     (movement.unfold, "unfold"),
     (movement.restride, "as_strided"),
     # lookup
@@ -113,10 +118,13 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (lookup.index_select, "index_select"),
     (lookup.gather, "gather"),
     (lookup.places, "nonzero nonzero_numpy histc bincount _unique2 unique_dim unique_consecutive"),
-    (lookup.places, "searchsorted bucketize"),
+    (lookup.places, "searchsorted bucketize masked_select multinomial"),
     (lookup.index, "index _unsafe_index"),
     (lookup.index_put, "index_put _index_put_impl _unsafe_index_put"),
-    (lookup.index_add, "index_add index_copy"),
+    (lookup.index_add, "index_add index_copy index_reduce"),
+    (lookup.index_fill, "index_fill"),
+    (lookup.scatter_slice, "slice_scatter select_scatter"),
+    (lookup.packed, "_pack_padded_sequence"),
     (lookup.scatter, "scatter scatter_add scatter_reduce"),
     # spatial
     (spatial.over_last(1), "avg_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d"),
@@ -138,7 +146,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (regions.deformable_convolution, "torchvision::deform_conv2d"),
     # factory
     (factory.constant, "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided"),
-    (factory.fixed, "arange linspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),
+    (factory.fixed, "arange linspace logspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),
+    (factory.fixed, "tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window"),
 )
 
 

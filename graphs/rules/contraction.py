@@ -13,7 +13,10 @@ from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
+    "addbmm",
     "addmm",
+    "addmv",
+    "addr",
     "attention",
     "baddbmm",
     "bmm",
@@ -134,21 +137,46 @@ def grouped_mm(op: LabelledOp) -> Labels | Refusal:
     return (rows, n)
 
 
+def addmv(op: LabelledOp) -> Labels:
+    """``addmv(bias, a, v)``: bias (M,) plus (M, K) x (K,) -> (M,)."""
+    a, v = op.arg(1, "mat"), op.arg(2, "vec")
+    op.tie(op[a][1], op[v][0])
+    op.contract(a, 1)
+    return _add_to(op, (op[a][0],))
+
+
+def addr(op: LabelledOp) -> Labels:
+    """``addr(bias, a, b)``: bias (M, N) plus the outer product of (M,) and (N,)."""
+    return _add_to(op, (op[op.arg(1, "vec1")][0], op[op.arg(2, "vec2")][0]))
+
+
+def addbmm(op: LabelledOp) -> Labels:
+    """``addbmm(bias, a, b)``: bias (M, N) plus the sum over B of (B, M, K) x (B, K, N)."""
+    a = op.arg(1, "batch1")
+    product = _matmul(op, a, op.arg(2, "batch2"))
+    op.contract(a, 0)
+    return _add_to(op, product[1:])
+
+
 def distance(op: LabelledOp) -> Labels | Refusal:
     """``cdist(a, b, p)``: the norm of every difference of rows, a sum over their dim where removed units are zero.
 
-    a: (*B, P, M), b: (*B, R, M) -> (*B, P, R)
+    a: (*B, P, M), b: (*B, R, M) -> (*B, P, R), where the dims of B broadcast
     """
     a, b, order = op.arg(0, "x1"), op.arg(1, "x2"), op.named("p", 2)
     if not 0 < float(order) < float("inf"):
         return Refusal(f"a norm of order {order} is no sum of powers")
     la, lb = op[a], op[b]
-    for x, y in zip(la[:-2], lb[:-2], strict=True):
-        op.tie(x, y)
     op.tie(la[-1], lb[-1])
     for slot in (a, b):
         op.contract(slot, len(slot.shape) - 1)
-    return (*la[:-1], lb[-2])
+    batch: list[Axis] = []
+    for back in range(len(op.out.shape), 2, -1):
+        sized = [x[-back] for x in (la, lb) if len(x) >= back and x[-back].size == op.out.shape[-back]]
+        for axis in sized[1:]:
+            op.tie(sized[0], axis)
+        batch.append(sized[0])
+    return (*batch, la[-2], lb[-2])
 
 
 def solve_triangular(op: LabelledOp) -> Labels:

@@ -13,10 +13,13 @@ __all__ = [
     "gather",
     "index",
     "index_add",
+    "index_fill",
     "index_put",
     "index_select",
+    "packed",
     "places",
     "scatter",
+    "scatter_slice",
 ]
 
 
@@ -144,7 +147,7 @@ def scatter(op: LabelledOp) -> Labels:
 
 
 def index_add(op: LabelledOp) -> Labels:
-    """``index_add(x, dim, index, source)``, ``index_copy``: the written dim is frozen, the others pass."""
+    """``index_add(x, dim, index, source)``, ``index_copy``, ``index_reduce``: the written dim is frozen."""
     x, dim, source = op.arg(0, "self"), int(op.arg(1, "dim")), op.arg(3, "source")
     d = dim % len(x.shape)
     for k, (a, b) in enumerate(zip(op[x], op[source], strict=True)):
@@ -173,3 +176,34 @@ def index_put(op: LabelledOp) -> Labels | Refusal:
 def places(op: LabelledOp) -> Sequence[Labels]:
     """``nonzero``, ``unique``, ``histc``...: which places or values there are depends on all of them."""
     return op.all_fixed("its places are data")
+
+
+def index_fill(op: LabelledOp) -> Labels:
+    """``index_fill(x, dim, index, value)``: the written dim is frozen, the others pass."""
+    labels = op[op.arg(0, "self")]
+    if labels:
+        op.freeze(labels[int(op.arg(1, "dim")) % len(labels)], "written by index")
+    return labels
+
+
+def scatter_slice(op: LabelledOp) -> Labels:
+    """``slice_scatter(x, src, dim, ...)``, ``select_scatter``: a part of ``dim`` is written, so it is frozen."""
+    x, src = op.arg(0, "self"), op.arg(1, "src")
+    d = int(op.arg(2, "dim", 0)) % len(x.shape)
+    op.freeze(op[x][d], "a part of it is written")
+    rest = [axis for k, axis in enumerate(op[x]) if k != d or len(src.shape) == len(x.shape)]
+    for a, b in zip(rest, op[src], strict=True):
+        if a.size == b.size:
+            op.tie(a, b)
+        else:
+            op.freeze(b, "it is a part")
+    return op[x]
+
+
+def packed(op: LabelledOp) -> Sequence[Labels]:
+    """``_pack_padded_sequence(x, lengths, batch_first)``: x (T, N, *C) -> real steps (S, *C) and counts."""
+    x = op.arg(0, "input")
+    for axis in op[x][:2]:
+        op.freeze(axis, "sequences are cut to their lengths")
+    steps, counts = op.op.outs
+    return [(op.fixed(steps.shape[0], "steps"), *op[x][2:]), (op.fixed(counts.shape[0], "counts"),)]

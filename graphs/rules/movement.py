@@ -12,8 +12,10 @@ from chase_fx.graphs.tape import Slot
 __all__ = [
     "concat",
     "diagonal",
+    "diagonal_embedding",
     "expand",
     "flip",
+    "fold",
     "identity",
     "pad",
     "permute",
@@ -294,12 +296,38 @@ def diagonal(op: LabelledOp) -> Labels:
     return (*rest, op.fixed(op.out.shape[-1], "a diagonal"))
 
 
+def diagonal_embedding(op: LabelledOp) -> Labels:
+    """``diag_embed(x, offset, dim1, dim2)``: (..., C) -> (..., C, C) with x on the diagonal: rows go with columns."""
+    x = op.arg(0, "self")
+    n = len(x.shape) + 1
+    dims = (int(op.arg(2, "dim1", -2)) % n, int(op.arg(3, "dim2", -1)) % n)
+    labels = list(op[x])
+    axis = labels.pop()
+    if int(op.arg(1, "offset", 0)) != 0:
+        op.freeze(axis, "a diagonal beside the middle")
+        axis = op.fixed(op.out.shape[dims[0]], "a diagonal beside the middle")
+    for d in sorted(dims):
+        labels.insert(d, axis)
+    return tuple(labels)
+
+
 def triangle(op: LabelledOp) -> Labels:
     """``tril``, ``triu``: rows and columns are matched by place, so the last two dims are frozen."""
     labels = op[op.arg(0, "self")]
     for axis in labels[-2:]:
         op.freeze(axis, "a triangle is cut out of it")
     return labels
+
+
+def fold(op: LabelledOp) -> Labels:
+    """``unfold_backward(windows, sizes, dim, size, step)``: windows are added where they were taken from."""
+    x, d = op.arg(0, "grad_in"), int(op.arg(2, "dim"))
+    labels = list(op[x][:-1])
+    d %= len(labels)
+    for axis in (labels[d], op[x][-1]):
+        op.freeze(axis, "windows run over it")
+    labels[d] = op.fixed(op.out.shape[d], "windows")
+    return tuple(labels)
 
 
 def unfold(op: LabelledOp) -> Labels:
