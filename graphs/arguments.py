@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.hidden import recover
 from chase_fx.graphs.live import is_live
 from chase_fx.graphs.opaque import Rebuild, strip
 from chase_fx.graphs.source import source_line
@@ -48,6 +49,7 @@ class Arguments:
         self.constants: dict[str, torch.Tensor] = {}
         self.buffers = dict(root.named_buffers(remove_duplicate=False))  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
+        self.specialised: list[str] = []  # what the forward read from data, with the line
         self.no_grad = False
         self._detached: dict[Node, Node] = {}
         self._trainable = {name for name, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -173,6 +175,10 @@ class Arguments:
         if node is not None:
             return self._without_grad(node) if self.no_grad else node
         name = self._state.get(id(tensor))
+        if name is None and self._made_here(tensor):
+            node = self._hidden(tensor)
+            self._tie(tensor, node)
+            return self._without_grad(node) if self.no_grad else node
         if name is None:
             name = self._constant(tensor)
         # FX wants targets that exist on the owning module; they do by the time a GraphModule is made.
@@ -198,20 +204,25 @@ class Arguments:
             self._detached[node] = alias
         return self._detached[node]
 
-    def _constant(self, tensor: torch.Tensor) -> str:
+    def _made_here(self, tensor: torch.Tensor) -> bool:
+        """Whether the forward computed ``tensor``, as it did not a literal that it turned into a tensor."""
         known = self.tape.find(tensor)
-        made_here = known is not None and any(known in op.outs for op in reversed(self.tape.ops))
-        lifted = (
-            made_here
-            and known is not None
-            and all(op.op is torch.ops.aten.lift_fresh.default for op in self.tape.ops if known in op.outs)
-        )
-        if (made_here and not lifted) or tensor.grad_fn is not None:
+        makers = [op.op for op in self.tape.ops if known in op.outs] if known is not None else []
+        return any(op is not torch.ops.aten.lift_fresh.default for op in makers) or tensor.grad_fn is not None
+
+    def _hidden(self, tensor: torch.Tensor) -> Node:
+        """A tensor that no call of the torch API gave, by its ATen calls."""
+        node = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx, source_line())
+        if node is None:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "
-                "API (torch.jit.script, vmap, or a cache of an earlier forward), so its origin can't be captured; "
+                "API (inside an autograd function, or a cache of an earlier forward), so its origin can't be captured; "
                 "compute it with torch operations inside forward, or register it as a buffer"
             )
+        self.specialised.append(f"sizes inside a computation that the torch API does not show, at {source_line()}")
+        return node
+
+    def _constant(self, tensor: torch.Tensor) -> str:
         name = f"_chase_constant_{len(self.constants)}"
         self.constants[name] = tensor
         self._state[id(tensor)] = name

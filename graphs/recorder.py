@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.caches import uncached
+from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.functions import caller_of
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, live_math
@@ -76,7 +77,7 @@ class Recorder(TorchFunctionMode):
         self.tape = Tape()
         self.tape_mode = TapeMode(self.tape)
         self.arguments = Arguments(root, self.graph, self.tape, device)
-        self.specialised: list[str] = []
+        self.specialised = self.arguments.specialised
         self.reads_training = False
         self.unroll = True
         self.may_hash = False
@@ -114,7 +115,7 @@ class Recorder(TorchFunctionMode):
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not recorder._active:
+            if not recorder._active or _transformed():
                 return original_call(module, *args, **kwargs)
             return recorder._call_module(module, original_call, args, kwargs)
 
@@ -213,7 +214,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._active:
+        if not self._active or _transformed():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -256,7 +257,7 @@ class Recorder(TorchFunctionMode):
         result, as it does not where a place without hits adds nothing.
         """
         node = self.arguments.node_of(tensor)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = call_name(node)
         if node in self._mask_of:
             self.unrolled = True
             with self:  # the mode is off inside its own handler
@@ -300,7 +301,7 @@ class Recorder(TorchFunctionMode):
                 with self._paused(), torch._C.DisableTorchFunction():
                     out = map_tensors(out, lambda t: torch.ops.aten.alias.default(t) if id(t) in given else t)
         operands = tuple(self.tape.slot_of(t) for t in tensors_in((args, kwargs)))
-        call = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        call = call_name(node)
         for op in self.tape.ops[start:]:
             op.node, op.source, op.call, op.operands = node.name, source, call, operands
         node.meta["tape"] = (start, len(self.tape.ops))
@@ -385,6 +386,14 @@ class Recorder(TorchFunctionMode):
         return LiveInt(
             size, self, lambda: self.arguments.call(torch.Tensor.size, (source, dim), plain=True, method="size")
         )
+
+
+def _transformed() -> bool:
+    """Whether the call is made inside ``torch.vmap`` or ``torch.func``, on tensors that stand for other ones.
+
+    What it computes is written down when it comes out, by the calls that the tape has (see :mod:`.hidden`).
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_in_place(name: str) -> bool:

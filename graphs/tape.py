@@ -114,6 +114,10 @@ class Tape:
         """The slot of ``tensor``, if it was seen."""
         return self._by_id.get(id(tensor))
 
+    def tensor_of(self, slot: Slot) -> torch.Tensor:
+        """The tensor of ``slot``, while the capture runs."""
+        return self._alive[slot.index]
+
     def add(self, tensor: torch.Tensor, kind: str = "value", name: str | None = None) -> Slot:
         """Give ``tensor`` a new slot."""
         stride = tensor.stride() if tensor.layout is torch.strided else None

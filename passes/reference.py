@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chase_fx.errors import VerificationError
 from chase_fx.graphs.axes import Atom, Axis, keep_mask
+from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.rules.base import Facts
 from chase_fx.graphs.tape import Slot, TapedOp
@@ -26,9 +27,6 @@ __all__ = ["MaskedReference", "gather_kept", "initialised"]
 
 aten = torch.ops.aten
 
-# Calls that mask nothing, and that another precision makes or leaves out: what is cast in single precision may have
-# its type already in double.
-_CASTS = frozenset({aten._to_copy.default, aten.alias.default})
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
@@ -46,8 +44,7 @@ def initialised(node: Node, value: Any) -> Any:
 
     What the forward writes later replaces it, so a place that only one of two graphs writes still shows.
     """
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in _UNINITIALISED and isinstance(value, torch.Tensor):
+    if call_name(node) in _UNINITIALISED and isinstance(value, torch.Tensor):
         value.fill_(0.7 if value.is_floating_point() or value.is_complex() else 1)
     return value
 
@@ -75,9 +72,12 @@ class MaskedReference(Interpreter):
         start, stop = n.meta.get("tape", (0, 0))
         if start == stop:
             return super().run_node(n)
-        ops = [(op, self.facts.get(i)) for i in range(start, stop) if (op := self.tape.ops[i]).op not in _CASTS]
-        with _MaskedCalls(ops, self):
+        # Only these have to be found again: a cast, or a slice of all there is, is made or left out as data wants it.
+        noted = [(self.tape.ops[i], facts) for i in range(start, stop) if (facts := self.facts.get(i)) is not None]
+        calls = _MaskedCalls([(op, facts) for op, facts in noted if facts.contracted or facts.reduced], self)
+        with calls:
             out = super().run_node(n)
+        calls.check(n)
         out = initialised(n, out)
         slot = n.meta.get("slot")
         if isinstance(out, torch.Tensor) and slot is not None and slot.index in self.labels:
@@ -91,29 +91,27 @@ class MaskedReference(Interpreter):
 
 
 class _MaskedCalls(TorchDispatchMode):
-    def __init__(self, ops: list[tuple[TapedOp, Facts | None]], reference: MaskedReference) -> None:
+    def __init__(self, ops: list[tuple[TapedOp, Facts]], reference: MaskedReference) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
-        self.ops = iter(ops)
+        self.ops = ops
         self.reference = reference
-        self.results: list[Any] = []  # torch detaches what a factory made if somebody else holds it, as the tape does
+
+    def check(self, node: Node) -> None:
+        """Every call that masks was found."""
+        if self.ops:
+            raise VerificationError(
+                f"the reference can't be computed: '{node.name}' did not call {self.ops[0][0].op} as in the capture; "
+                "the forward takes another path than when it was captured",
+                node=node.name,
+            )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.results.append(self._run(func, args, kwargs or {}))
-        return self.results[-1]
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _CASTS:
+        kwargs = kwargs or {}
+        if not self.ops or self.ops[0][0].op is not func:
             return func(*args, **kwargs)
-        op, facts = next(self.ops, (None, None))
-        if op is None or op.op is not func:
-            raise VerificationError(
-                f"the reference can't be computed: {func} ran where the capture has {op.op if op else 'nothing more'}; "
-                "the forward takes another path than when it was captured"
-            )
-        if facts is None:
-            return func(*args, **kwargs)
+        op, facts = self.ops.pop(0)
         if facts.contracted:
             args, kwargs = self._zeroed(op, facts, args, kwargs)
         if facts.reduced and any(self.reference.keep(s, d) is not None for s, d in facts.reduced):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from chase_fx.errors import ArgumentError, PlanMismatchError
+from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.plan import PruningPlan
@@ -125,7 +126,7 @@ def _rewrite_graph(graph: Graph, root: nn.Module, channels: ChannelGraph, captur
         if node.op == "call_module":
             _resize_called(root.get_submodule(str(node.target)), CallSite(new, node, counts, labels, noted(node)))
         elif node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            name = call_name(node)
             if name in ("size", "numel"):
                 _grow_read(new, node, labels, counts)
             elif name in CALLS and _touches_live(node, labels, counts):

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from chase_fx.errors import RewriteError
 from chase_fx.graphs.axes import Axis
+from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.passes.counts import Counts
 
@@ -139,7 +140,7 @@ def _split(site: CallSite) -> None:
 
 
 def _bounds(site: CallSite, size: int) -> list[int]:
-    name = _name(site.node)
+    name = call_name(site.node)
     sections: Any = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
     sections = site.node.kwargs.get("split_size", sections)
     sections = site.node.kwargs.get("indices_or_sections", sections)
@@ -226,6 +227,16 @@ def _narrow(site: CallSite) -> None:
         site.set(3, "length", site.counts.between(axis, start, start + length))
 
 
+def _cut(site: CallSite) -> None:
+    """``aten.slice(x, dim, start, end, step)``."""
+    x, dim = site.arg(0, "input"), site.arg(1, "dim", 0)
+    labels = site.label(x)
+    axis = labels[dim % len(labels)]
+    if site.counts.live(axis):
+        found = _slice(site, slice(site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step")), axis)
+        site.node.args, site.node.kwargs = (x, dim, found.start, found.stop, found.step or 1), {}
+
+
 def _select(site: CallSite) -> None:
     x, dim, index = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "index")
     labels = site.label(x)
@@ -280,10 +291,6 @@ def _attention(site: CallSite) -> None:
         site.set(6, "scale", head_dim.size**-0.5)
 
 
-def _name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 # function or method name -> what to do about its size arguments
 CALLS: dict[str, Handler] = {
     **dict.fromkeys(
@@ -298,13 +305,15 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("getitem", "setitem"), _getitem),
     "narrow": _narrow,
     "select": _select,
+    "slice": _cut,
     "unflatten": _unflatten,
     **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _normalized_shape),
     "group_norm": _groups(1, "num_groups"),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups(1, "groups")),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
     "deform_conv2d": _groups(11, "groups"),
+    "convolution": _groups(8, "groups"),
     "scaled_dot_product_attention": _attention,
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import chase_fx
 from chase_fx.errors import CaptureError
+from tests.oracle import EXACT, difference, masked_copy, randomise
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -361,3 +362,31 @@ def test_cached_functions_of_sizes_keep_them_live() -> None:
     assert torch.equal(chase_fx.trace(model, small)(large), model(large))
     assert slim(large).shape == (35, 2)
     assert all(type(size) is int for size in heads_of((2, 3, 8), 2))
+
+
+class Mapped(nn.Module):
+    """A mask made for one pair of places at a time, and a layer applied to one row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0])
+        ahead = torch.vmap(torch.vmap(lambda i, j: j <= i, (None, 0)), (0, None))(places, places)
+        x = torch.vmap(lambda row: self.middle(row)[:6].relu() * row[2:].sum())(self.first(x))
+        return self.last(F.pad(ahead.to(x.dtype) @ x, (0, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+def test_what_the_torch_api_does_not_show_is_written_as_aten_calls() -> None:
+    """Inside ``vmap`` channels shrink too, and where its views only insert dims the graph takes other sizes."""
+    model = randomise(Mapped())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    traced = chase_fx.trace(model, (x,))
+    slim = chase_fx.prune(model, (x,))
+    assert slim.plan.new_shape("middle.weight") == (5, 4)  # nothing reads the last two rows
+    for batch in (4, 7):
+        x = torch.randn(batch, 5, dtype=torch.float64)
+        assert torch.equal(traced(x), model(x))
+        assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT

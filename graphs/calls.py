@@ -1,0 +1,15 @@
+"""The name of what a node calls."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+__all__ = ["call_name"]
+
+
+def call_name(node: Node) -> str:
+    """The function or method without module and overload: ``view`` for ``x.view(...)`` and ``aten.view.default``."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
