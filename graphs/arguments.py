@@ -212,7 +212,7 @@ class Arguments:
 
     def _hidden(self, tensor: torch.Tensor) -> Node:
         """A tensor that no call of the torch API gave, by its ATen calls."""
-        node = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx, source_line())
+        node = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx)
         if node is None:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "

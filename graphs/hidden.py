@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Slot, Tape, TapedOp
 
 __all__ = ["recover"]
@@ -21,7 +22,7 @@ NodeOf = Callable[[torch.Tensor], Node]
 
 
 def recover(
-    tensor: torch.Tensor, graph: Graph, tape: Tape, node_of: NodeOf, to_fx: Callable[[Any], Any], source: str
+    tensor: torch.Tensor, graph: Graph, tape: Tape, node_of: NodeOf, to_fx: Callable[[Any], Any]
 ) -> Node | None:
     """The node that computes ``tensor`` by the taped calls that belong to no node yet; ``None`` where they can't.
 
@@ -33,6 +34,7 @@ def recover(
     if slot is None or not positions or _overwritten(positions, tape):
         return None
     nodes: dict[int, Node] = {}
+    source = source_line()
 
     def argument(value: Any) -> Any:
         if isinstance(value, Slot):
