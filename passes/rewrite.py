@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import Graph, Node
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from chase_fx.errors import ArgumentError, PlanMismatchError
+from chase_fx.graphs.axes import Atom, Axis, keep_mask
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.deadcode import remove_dead_nodes
@@ -62,9 +64,10 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     root.__dict__.update(slim_tree(traced, complete))
     for module in root.modules():
         resize(module, info.leaves)
+    places = _Places(root, masks)
     graphs = []
     for k, graph in enumerate(traced.graphs()):
-        graphs.append(_rewrite_graph(graph, root, channels, k, counts))
+        graphs.append(_rewrite_graph(graph, root, channels, k, counts, places))
     train = graphs[1] if len(graphs) > 1 else None
     slim = TracedModule.build(root, graphs[0], train, info, info.model)
     slim.__dict__["plan"] = plan
@@ -109,7 +112,31 @@ def _check_consistent(plan: PruningPlan, complete: dict[str, tuple[torch.Tensor 
                 )
 
 
-def _rewrite_graph(graph: Graph, root: nn.Module, channels: ChannelGraph, capture: int, counts: Counts) -> Graph:
+class _Places:
+    """Kept indices of axes as buffers of the slim module; graphs share those of the same axis."""
+
+    def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
+        self._root, self._masks = root, masks
+        self._names: dict[bytes, str] = {}
+
+    def __call__(self, axis: Axis) -> str:
+        """The name of the buffer with the kept indices of ``axis``."""
+        mask = keep_mask(axis, self._masks)
+        assert mask is not None
+        name = self._names.setdefault(mask.tobytes(), f"_chase_kept_{len(self._names)}")
+        if name not in self._root._buffers:
+            self._root.register_buffer(name, torch.from_numpy(np.flatnonzero(mask)), persistent=False)
+        return name
+
+
+def _rewrite_graph(
+    graph: Graph,
+    root: nn.Module,
+    channels: ChannelGraph,
+    capture: int,
+    counts: Counts,
+    places: _Places,
+) -> Graph:
     new = copy.deepcopy(graph)
     slots = channels.labelling.slots[capture]
     facts = channels.labelling.facts[capture]
@@ -123,14 +150,15 @@ def _rewrite_graph(graph: Graph, root: nn.Module, channels: ChannelGraph, captur
         return [facts[i] for i in range(start, stop) if i in facts]
 
     for node in list(new.nodes):
+        site = CallSite(new, node, counts, labels, noted(node), places)
         if node.op == "call_module":
-            _resize_called(root.get_submodule(str(node.target)), CallSite(new, node, counts, labels, noted(node)))
+            _resize_called(root.get_submodule(str(node.target)), site)
         elif node.op in ("call_function", "call_method"):
             name = call_name(node)
             if name in ("size", "numel"):
                 _grow_read(new, node, labels, counts)
             elif name in CALLS and _touches_live(node, labels, counts):
-                CALLS[name](CallSite(new, node, counts, labels, noted(node)))
+                CALLS[name](site)
     remove_dead_nodes(new, root)
     return new
 

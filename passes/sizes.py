@@ -24,13 +24,18 @@ __all__ = ["CALLS", "CallSite"]
 
 @dataclass
 class CallSite:
-    """One node under rewrite, with the labels of tensors and what the rules noted about it."""
+    """One node under rewrite, with the labels of tensors and what the rules noted about it.
+
+    Attributes:
+        places: makes a buffer of the kept indices of an axis, and names it.
+    """
 
     graph: Graph
     node: Node
     counts: Counts
     labels: Callable[[Node], Labels | None]
     facts: Sequence[Facts]
+    places: Callable[[Axis], str]
 
     def label(self, value: Any) -> Labels:
         """The labels of a tensor argument."""
@@ -291,6 +296,20 @@ def _attention(site: CallSite) -> None:
         site.set(6, "scale", head_dim.size**-0.5)
 
 
+def _sequence(site: CallSite) -> None:
+    """``arange``, ``linspace``, ``eye``: made in full, then the kept places are taken."""
+    node, labels = site.node, site.out
+    with site.graph.inserting_before(node):
+        value = site.graph.create_node("call_function", node.target, node.args, node.kwargs)
+        live = [d for d, axis in enumerate(labels) if site.counts.live(axis)]
+        taken = [(d, site.graph.create_node("get_attr", site.places(labels[d]))) for d in live]
+        for d, index in taken[:-1]:
+            value = site.graph.call_function(torch.index_select, (value, d, index))
+    # The node itself is the last one that takes: its name and its users stay.
+    d, index = taken[-1]
+    node.target, node.args, node.kwargs = torch.index_select, (value, d, index), {}
+
+
 # function or method name -> what to do about its size arguments
 CALLS: dict[str, Handler] = {
     **dict.fromkeys(
@@ -315,5 +334,6 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
     "deform_conv2d": _groups(11, "groups"),
     "convolution": _groups(8, "groups"),
+    **dict.fromkeys(("arange", "linspace", "logspace", "eye"), _sequence),
     "scaled_dot_product_attention": _attention,
 }

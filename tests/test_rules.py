@@ -261,6 +261,31 @@ def test_one_operator_between_two_layers(step: object) -> None:
         assert slim(x[:1]).shape == net(x[:1]).shape
 
 
+def test_tables_that_a_forward_makes_by_place() -> None:
+    """Sinusoidal positions, frequencies and identities made in a forward freeze no channels: kept places are taken."""
+
+    def positions(h: int, w: int, channels: int) -> Tensor:
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        omega = 1 / (10 ** (torch.arange(channels // 4) / (channels // 4)))
+        y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
+        return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1).double()
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x).flatten(2).mT
+        y = y + positions(x.shape[2], x.shape[3], y.shape[2])
+        return m.out(y @ torch.eye(y.shape[2]).double() * torch.linspace(1, 2, y.shape[2]).double())
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    net = randomise(Net(forward, a=conv(3, 32), out=nn.Linear(32, 2)), (x,))
+    slim = chase_fx.prune(net, x)
+    assert slim.get_parameter("a.weight").shape[0] == 16
+    assert set(slim.state_dict()) == set(net.state_dict())
+    assert_exact(net, slim.eval(), (x,))
+    assert_exact(net, slim, (torch.randn(2, 3, 5, 6, dtype=torch.float64),))
+    assert torch.equal(torch.compile(slim, backend="eager", fullgraph=True)(x), slim(x))
+
+
 def test_grouped_products() -> None:
     """Rows that are counted out to experts: the inner and outer widths of the experts can shrink."""
     if not hasattr(F, "grouped_mm"):

@@ -146,7 +146,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (regions.deformable_convolution, "torchvision::deform_conv2d"),
     # factory
     (factory.constant, "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided"),
-    (factory.fixed, "arange linspace logspace eye rand randn randint randperm rand_like randn_like new_empty_strided"),
+    (factory.sequence, "arange linspace logspace eye"),
+    (factory.fixed, "rand randn randint randperm rand_like randn_like new_empty_strided"),
     (factory.fixed, "tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window"),
 )
 

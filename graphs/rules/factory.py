@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["constant", "fixed"]
+__all__ = ["constant", "fixed", "sequence"]
+
+# Calls of which the rewrite can take the kept places; what torch makes inside of another call is out of its reach.
+_SEQUENCES = frozenset({"arange", "linspace", "logspace", "eye"})
 
 
 def constant(op: LabelledOp) -> Sequence[Labels]:
@@ -14,6 +17,16 @@ def constant(op: LabelledOp) -> Sequence[Labels]:
     return [tuple(op.fresh(n, d, weak=True) for d, n in enumerate(out.shape)) for out in op.op.outs]
 
 
+def sequence(op: LabelledOp) -> Sequence[Labels]:
+    """``arange``, ``linspace``, ``eye``: the value at a place is told by the place, so any places may go.
+
+    The slim graph makes all of them and takes those that are kept.
+    """
+    if op.op.call not in _SEQUENCES or "out" in op.op.kwargs:
+        return op.all_fixed("made by its size")
+    return [tuple(op.fresh(n, d, weak=True) for d, n in enumerate(out.shape)) for out in op.op.outs]
+
+
 def fixed(op: LabelledOp) -> Sequence[Labels]:
-    """``arange``, ``eye``, ``rand``: values differ by place, or a smaller draw would be another draw."""
+    """``rand``, ``randperm``: a smaller draw would be another draw."""
     return op.all_fixed("made by its size")
