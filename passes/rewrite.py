@@ -67,7 +67,7 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     places = _Places(root, masks)
     graphs = []
     for k, graph in enumerate(traced.graphs()):
-        graphs.append(_rewrite_graph(graph, root, channels, k, counts, places))
+        graphs.append(_rewrite_graph(graph, root, channels, k, counts=counts, places=places))
     train = graphs[1] if len(graphs) > 1 else None
     slim = TracedModule.build(root, graphs[0], train, info, info.model)
     slim.__dict__["plan"] = plan
@@ -130,12 +130,7 @@ class _Places:
 
 
 def _rewrite_graph(
-    graph: Graph,
-    root: nn.Module,
-    channels: ChannelGraph,
-    capture: int,
-    counts: Counts,
-    places: _Places,
+    graph: Graph, root: nn.Module, channels: ChannelGraph, capture: int, *, counts: Counts, places: _Places
 ) -> Graph:
     new = copy.deepcopy(graph)
     slots = channels.labelling.slots[capture]

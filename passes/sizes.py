@@ -298,11 +298,13 @@ def _attention(site: CallSite) -> None:
 
 def _sequence(site: CallSite) -> None:
     """``arange``, ``linspace``, ``eye``: made in full, then the kept places are taken."""
-    node, labels = site.node, site.out
+    node = site.node
+    live = [(d, axis) for d, axis in enumerate(site.out) if site.counts.live(axis)]
+    if not live:
+        return
     with site.graph.inserting_before(node):
         value = site.graph.create_node("call_function", node.target, node.args, node.kwargs)
-        live = [d for d, axis in enumerate(labels) if site.counts.live(axis)]
-        taken = [(d, site.graph.create_node("get_attr", site.places(labels[d]))) for d in live]
+        taken = [(d, site.graph.create_node("get_attr", site.places(axis))) for d, axis in live]
         for d, index in taken[:-1]:
             value = site.graph.call_function(torch.index_select, (value, d, index))
     # The node itself is the last one that takes: its name and its users stay.

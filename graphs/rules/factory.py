@@ -24,7 +24,11 @@ def sequence(op: LabelledOp) -> Sequence[Labels]:
     """
     if op.op.call not in _SEQUENCES or "out" in op.op.kwargs:
         return op.all_fixed("made by its size")
-    return [tuple(op.fresh(n, d, weak=True) for d, n in enumerate(out.shape)) for out in op.op.outs]
+    size = op.out.shape
+    if len(set(size)) > 1:
+        return op.all_fixed("rows and columns are matched by place")
+    axis = op.fresh(size[0], 0, weak=True)  # the rows and columns of an identity are the same units
+    return [(axis,) * len(size)]
 
 
 def fixed(op: LabelledOp) -> Sequence[Labels]:
