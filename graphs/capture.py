@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, fa
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError
 from chase_fx.graphs.merge import FLAG, merge, share_constants
+from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, other_precision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.tape import Tape
@@ -101,8 +103,8 @@ def trace(
             train = _record_train(root, inputs, capture, meta=meta)
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
-    for module in root.modules():
-        module.training = modes.get(id(module), root.training)
+    precision = other_precision(root) if recorder.reads_dtype and not meta else None
+    follow = [] if precision is None else _followers(root, inputs, graph, precision, training=False)
     constants = dict(recorder.arguments.constants)
     captures = [capture]
     train_graph = None
@@ -111,11 +113,17 @@ def trace(
         captures.append(train_capture)
         share_constants(train_graph, train_recorder.tape, train_recorder.arguments.constants, constants)
         if merge(graph, train_graph):
-            root.add_module(FLAG, TrainingFlag().train(root.training))
+            root.add_module(FLAG, TrainingFlag())
             train_graph = None
+    if precision is not None:
+        apply_changes(graph, follow, root, precision[0])
+        if train_graph is not None:
+            again = _followers(root, inputs, train_graph, precision, training=True)
+            apply_changes(train_graph, again, root, precision[0])
+    for module in root.modules():
+        module.training = modes.get(id(module), root.training)
     for name, rebuild in recorder.arguments.rebuilds.items():
-        if name not in root._modules:
-            root.add_module(name, rebuild)
+        root.add_module(name, rebuild)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor, persistent=False)
     if recorder.specialised:
@@ -139,6 +147,28 @@ def trace(
         leaves=inputs.leaves,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+
+
+def _followers(
+    root: nn.Module, inputs: _Inputs, graph: Graph, precision: tuple[torch.dtype, torch.dtype], *, training: bool
+) -> list[Change]:
+    """The arguments in ``graph`` that follow the model's precision, found by a capture in another one.
+
+    On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data. Where neither
+    works nothing is known, and nothing follows.
+    """
+    for device in (torch.device("meta"), None):
+        with in_precision(root, *precision, device) as moved:
+            args, kwargs = moved(inputs.args), moved(inputs.kwargs)
+            bound = inspect.BoundArguments(inputs.bound.signature, OrderedDict(moved(dict(inputs.bound.arguments))))
+            there = _Inputs(bound, args, kwargs, inputs.device if device is None else device, inputs.leaves)
+            try:
+                with device or nullcontext():
+                    found = _record(root, there, None, training=training)[0]
+            except CaptureError:
+                continue
+        return compare(graph, found, *precision)
+    return []
 
 
 def _structure(root: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

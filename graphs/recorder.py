@@ -79,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self.arguments = Arguments(root, self.graph, self.tape, device)
         self.specialised = self.arguments.specialised
         self.reads_training = False
+        self.reads_dtype = False  # of a tensor of floats
         self.unroll = True
         self.may_hash = False
         self.unrolled = False
@@ -321,6 +322,7 @@ class Recorder(TorchFunctionMode):
         if name == "shape":
             return self._live_size(tensor, out)
         if name in _PLAIN_PROPERTIES:
+            self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
             return out
         if not isinstance(out, torch.Tensor):
             return out
