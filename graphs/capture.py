@@ -216,12 +216,19 @@ class _Inputs:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return cast("nn.Module", duplicate(model, {}))
+        root = cast("nn.Module", duplicate(model, {}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
             "model is not changed"
         ) from e
+    own = dict(root.named_modules(remove_duplicate=False))
+    for (
+        name,
+        module,
+    ) in model.named_modules():  # a class may have its own way to copy, which gives train mode (torch.fx)
+        own[name].training = module.training
+    return root
 
 
 def _fake() -> FakeTensorMode:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import chase_fx
 from chase_fx.errors import CaptureError
@@ -390,3 +391,14 @@ def test_what_the_torch_api_does_not_show_is_written_as_aten_calls() -> None:
         x = torch.randn(batch, 5, dtype=torch.float64)
         assert torch.equal(traced(x), model(x))
         assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_that_of_the_model(training: bool) -> None:
+    """A feature extractor, whose copies come in train mode, is captured and given back in its own mode."""
+    body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    net = create_feature_extractor(body, ["1", "2"]).train(training)
+    x = torch.randn(3, 4)
+    traced = chase_fx.trace(net, x)
+    assert {m.training for m in traced.modules()} == {training}
+    assert torch.equal(traced(x)["2"], net(x)["2"])
