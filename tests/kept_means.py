@@ -1,17 +1,15 @@
 """An oracle without labels that also judges norms written out by hand, such as ``x * x.pow(2).mean(-1).rsqrt()``.
 
 In a copy of the model whose removed slices are zero a removed channel is zero, or what the model makes of zeros: the
-same at every removed index. So whenever a mean, a variance or a norm runs over a dim that is smaller in the slim
-module, the indices that look so do not exist. (The slim module's shape only says how many there are: a pixel can be
-zero by chance.)
-
-It can't judge a product of two activations that are both something else than zero at removed channels, such as the
-``elu(q) + 1`` and ``elu(k) + 1`` of linear attention: there the removed channels do take part.
+same at every removed index. So whenever a sum, a mean, a variance, a norm or a matrix product runs over a dim that is
+smaller in the slim module, the indices that look so do not exist. (The slim module's shape only says how many there
+are: a pixel can be zero by chance.) Where nothing tells which ones do not exist, it says so: :class:`UndecidedError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -22,17 +20,24 @@ from torch.overrides import TorchFunctionMode
 
 from tests.oracle import masked_copy, tensors
 
-__all__ = ["expected_output"]
+__all__ = ["UndecidedError", "expected_output", "masked_run"]
 
 _REDUCTIONS = frozenset(
     {
         getattr(home, name)
         for home in (torch, Tensor)
-        for name in ("mean", "var", "std", "var_mean", "std_mean")
+        for name in ("sum", "mean", "var", "std", "var_mean", "std_mean")
         if hasattr(home, name)
     }
 )
-_NORMS = frozenset({F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.local_response_norm})
+_LENGTHS = frozenset({torch.norm, Tensor.norm, torch.linalg.vector_norm})
+_PRODUCTS = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
+# A layer whose weights are computed is such a product too: removed weights that are standardised are no longer zero.
+_LAYERS = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_NORMS = frozenset(
+    {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.local_response_norm, F.normalize}
+)
+_WATCHED = _REDUCTIONS | _LENGTHS | _PRODUCTS | _NORMS | frozenset(_LAYERS)
 
 # The same function, but one that shows what it calls: its own guard would hand itself to the mode again.
 _ATTENTION = FunctionType(
@@ -62,11 +67,18 @@ class _Calls(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
+        if func is torch.einsum and isinstance(args[0], str) and len(args) == 3:
+            return self._reduced(_Einsum(args[0], args[2]), (args[1],), kwargs)
         return self._reduced(func, args, kwargs)
 
-    def _reduced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _reduced(  # noqa: PLR0911
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         x = args[0] if args else kwargs.get("input")
-        if (func not in _REDUCTIONS and func not in _NORMS) or not isinstance(x, Tensor) or not x.is_floating_point():
+        watched = func in _WATCHED or isinstance(func, _Einsum)
+        if not watched or not isinstance(x, Tensor) or not x.is_floating_point():
+            return func(*args, **kwargs)
+        if func in _LAYERS and isinstance(kwargs.get("weight", args[1] if len(args) > 1 else None), nn.Parameter):
             return func(*args, **kwargs)
         args = (x, *args[1:])
         kwargs = {k: v for k, v in kwargs.items() if k != "input"}
@@ -75,38 +87,90 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         call = len(self.seen) - 1
         before, after = self.dense.seen[call], self.slim.seen[call]
+        if before.shape != x.shape or after.dim() != x.dim():
+            return func(*args, **kwargs)
+        gamma = kwargs.get("weight", args[2] if len(args) > 2 else None) if func in _NORMS else None
         kept = {}
-        if before.shape == x.shape and after.dim() == x.dim():
-            gamma = kwargs.get("weight", args[2] if len(args) > 2 else None) if func in _NORMS else None
-            channels = x.dim() - 1 if func in (F.layer_norm, F.rms_norm) else 1
-            found = {
-                d: _kept(before, x, d, n, gamma if d == channels else None)
-                for d, n in enumerate(after.shape)
-                if n < x.shape[d]
-            }
-            kept = {d: indices for d, indices in found.items() if indices is not None}
+        for d in _runs_over(func, args, kwargs):
+            if after.shape[d] < x.shape[d]:
+                own = gamma if d == (x.dim() - 1 if func in (F.layer_norm, F.rms_norm) else 1) else None
+                kept[d] = _kept(before, x, d, after.shape[d], own, alike=func not in _NORMS)
         if not kept:
             return func(*args, **kwargs)
-        if func in _REDUCTIONS:
-            return _reduce(func, kept, args, kwargs)
+        if func in _REDUCTIONS | _LENGTHS:
+            return func(_select(x, kept), *args[1:], **kwargs)
+        if func in _PRODUCTS or func in _LAYERS or isinstance(func, _Einsum):
+            return func(_zeroed(x, kept), *args[1:], **kwargs)
         return _norm(func, kept, args, kwargs)
 
 
-def _kept(before: Tensor, now: Tensor, dim: int, size: int, gamma: Tensor | None) -> Tensor | None:
-    """The ``size`` indices that exist: those with a gamma, or all but those that are zero now, or all alike."""
+@dataclass(frozen=True)
+class _Einsum:
+    """An einsum of two operands as a function of the first."""
+
+    equation: str
+    other: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, x, self.other)
+
+    def summed(self, rank: int) -> list[int]:
+        """The dims of the first operand that are not in the result."""
+        inputs, _, out = self.equation.replace(" ", "").partition("->")
+        first, _, second = inputs.partition(",")
+        out = out or "".join(c for c in sorted(set(first + second)) if (first + second).count(c) == 1)
+        before, dots, after = first.partition("...")
+        places = [*enumerate(before), *((rank - len(after) + i, c) for i, c in enumerate(after) if dots)]
+        return [d for d, c in places if c not in out]
+
+
+class UndecidedError(Exception):
+    """Nothing tells which indices do not exist."""
+
+
+def _runs_over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The dims of the first argument that a call reduces or sums over."""
+    x = args[0]
+    n = x.dim()
+    if isinstance(func, _Einsum):
+        return func.summed(n)
+    if func in _PRODUCTS or func in _LAYERS:
+        return [n - 1 - _LAYERS.get(func, 0)]
+    if func in (F.layer_norm, F.rms_norm):
+        shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+        return list(range(n - len(shape), n))
+    if func in (F.batch_norm, F.instance_norm):
+        return [d for d in range(n) if d != 1]
+    if func in (F.group_norm, F.local_response_norm):
+        return [1]
+    place = 2 if func in _LENGTHS or func is F.normalize else 1
+    given = args[place] if len(args) > place and not isinstance(args[place], bool) else None
+    dim = kwargs.get("dim", kwargs.get("axis", 1 if func is F.normalize and given is None else given))
+    return list(range(n)) if dim is None else [d % n for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _kept(  # noqa: PLR0917
+    before: Tensor, now: Tensor, dim: int, size: int, gamma: Tensor | None, alike: bool
+) -> Tensor:
+    """The ``size`` indices that exist: those with a gamma, or all but those that are zero now, or all alike.
+
+    With ``alike`` it does not matter which ones of equal indices are taken.
+    """
     if isinstance(gamma, Tensor) and gamma.shape == (now.shape[dim],) and int((gamma != 0).sum()) == size:
         return gamma.nonzero().flatten()
     was, rows = (t.movedim(dim, 0).flatten(1) if t.dim() > 1 else t[:, None] for t in (before, now))
-    gone = (rows == 0).all(1) & ~(was == 0).all(1)
-    if int((~gone).sum()) == size:
-        return (~gone).nonzero().flatten()
+    zero = (rows == 0).all(1)
     number = len(rows) - size
+    for gone in (zero & ~(was == 0).all(1), zero):
+        if int(gone.sum()) == number or (alike and int(gone.sum()) > number):
+            out = gone.nonzero().flatten()[:number]
+            return (~torch.zeros(len(rows), dtype=torch.bool).index_fill(0, out, True)).nonzero().flatten()
     if number > 1:
-        for row in rows:
-            gone = (rows - row).abs().amax(1) <= 1e-12 * rows.abs().max()
-            if int(gone.sum()) == number:
-                return (~gone).nonzero().flatten()
-    return None
+        classes = [(rows - row).abs().amax(1) <= 1e-12 * rows.abs().max() for row in rows]
+        found = {tuple(gone.tolist()) for gone in classes if int(gone.sum()) == number}
+        if len(found) == 1:
+            return (~torch.tensor(found.pop())).nonzero().flatten()
+    raise UndecidedError(f"{number} of {len(rows)} indices do not exist, and nothing tells which")
 
 
 def _select(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -115,11 +179,12 @@ def _select(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return x
 
 
-def _reduce(func: Any, kept: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0]
-    dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None))
-    dims = range(x.dim()) if dim is None else [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)]
-    return func(_select(x, {d: i for d, i in kept.items() if d in dims}), *args[1:], **kwargs)
+def _zeroed(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Zeros where the dims of ``x`` have nothing that exists."""
+    for dim, indices in kept.items():
+        exists = torch.zeros(x.shape[dim], dtype=x.dtype, device=x.device).index_fill(0, indices, 1)
+        x = x * exists.view(-1, *(1 for _ in range(x.dim() - dim - 1)))
+    return x
 
 
 def _norm(func: Any, kept: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -179,24 +244,40 @@ def _group_norm(
 
 def expected_output(model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What the slim module has to return."""
+    with torch.no_grad():
+        return masked_run(model, slim, args, kwargs)[0]
+
+
+def masked_run(
+    model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, nn.Module]:
+    """What the slim module has to return, and the masked copy of ``model`` that it was computed with.
+
+    Both modules run in the mode that they are in; gradients reach the copy's parameters.
+    """
     dense, thin = _Calls(), _Calls()
+    states = [(m, {n: b.clone() for n, b in m.named_buffers()}) for m in (model, slim)]
     with torch.no_grad():
         with dense:
             model(*args, **kwargs)
         with thin:
             slim(*args, **kwargs)
-        kept = slim.plan.kept_indices()
-        masked = masked_copy(model, kept)
-        whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
-        _zero_buffers(masked, kept)
-        with _Calls(dense, thin):
-            out = masked(*args, **kwargs)
-        if all(bool(t.isfinite().all()) for t in tensors(out)):
-            return out
-        for name, buffer in masked.named_buffers():  # something divides by a buffer, such as the periods of a rotation
+        for module, buffers in states:
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+    kept = slim.plan.kept_indices()
+    masked = masked_copy(model, kept)
+    whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
+    _zero_buffers(masked, kept)
+    with _Calls(dense, thin):
+        out = masked(*args, **kwargs)
+    if all(bool(t.isfinite().all()) for t in tensors(out)):
+        return out, masked
+    with torch.no_grad():  # something divides by a buffer, such as the periods of a rotation
+        for name, buffer in masked.named_buffers():
             buffer.copy_(whole[name])
-        with _Calls(dense, thin):
-            return masked(*args, **kwargs)
+    with _Calls(dense, thin):
+        return masked(*args, **kwargs), masked
 
 
 def _zero_buffers(masked: nn.Module, kept: Mapping[str, tuple[Tensor | None, ...]]) -> None:
