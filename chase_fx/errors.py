@@ -15,6 +15,7 @@ __all__ = [
     "GraphvizMissingError",
     "NothingToPruneError",
     "OptimizerMismatchError",
+    "OtherPathError",
     "PlanMismatchError",
     "RewriteError",
     "UnsupportedOpError",
@@ -36,6 +37,10 @@ class CaptureError(ChaseError):
 
 class DeviceMismatchError(CaptureError):
     """The model and its example inputs are on different devices."""
+
+
+class OtherPathError(ChaseError):
+    """A graph was called with sizes for which the model's Python code takes another path than the captured one."""
 
 
 class GraphvizMissingError(ChaseError):

@@ -18,8 +18,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
-from chase_fx.graphs.live import is_live
+from chase_fx.graphs.live import is_live, plain
 from chase_fx.graphs.opaque import Rebuild, strip
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
@@ -28,6 +29,8 @@ from chase_fx.graphs.trees import holds_tensor
 __all__ = ["NO_DEFAULT", "Arguments"]
 
 NO_DEFAULT = object()  # an input without a default value
+
+_CLASSES = {int: torch.int64, float: torch.float64, bool: torch.bool, complex: torch.complex128}  # given as a dtype
 
 # Arguments of these types are written as they are.
 _PLAIN = frozenset(
@@ -56,8 +59,9 @@ class Arguments:
         self._nodes: dict[int, Node] = {}
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
+        self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
-        self._first_input: Node | None = None
+        self._inputs: dict[Node, int] = {}
         for kind, items in (("parameter", root.named_parameters), ("buffer", root.named_buffers)):
             for name, tensor in items(remove_duplicate=False):
                 if id(tensor) not in self._state:
@@ -73,7 +77,7 @@ class Arguments:
         if type(value) in _PLAIN:
             return value
         if is_live(value):
-            return value.node()
+            return self._number(value)
         if isinstance(value, (tuple, list)):
             items = [self.to_fx(v) for v in value]
             if hasattr(value, "_fields"):
@@ -92,8 +96,10 @@ class Arguments:
             return value.item()
         if isinstance(value, np.ndarray):
             return self.node_of(torch.from_numpy(value))
-        if isinstance(value, int) and not isinstance(value, enum.Enum):
-            return int(value)
+        if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
+            return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, type):
+            return _CLASSES.get(value, value)
         if isinstance(value, torch.Generator):
             raise CaptureError(f"a torch.Generator is passed to an operation at {source_line()}; graphs can't hold one")
         return value  # enums, functions, Ellipsis...
@@ -138,12 +144,39 @@ class Arguments:
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], *, plain: bool = False, method: str = "") -> Node:
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], *, plain: bool = False) -> Node:
         """Write ``fn(*args)``; with ``plain`` the arguments are FX arguments already."""
-        fx_args = args if plain else self.to_fx(args)
-        node = self.graph.call_method(method, fx_args) if method else self.graph.call_function(fn, fx_args)
+        node = self.graph.call_function(fn, args if plain else self.to_fx(args))
         node.meta["source"] = ""
         return node
+
+    def number(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write arithmetic of numbers; the same one only once."""
+        fx_args = self.to_fx(args)
+        key = (fn, *((type(a), a) for a in fx_args))
+        if key not in self._numbers:
+            self._numbers[key] = self.call(fn, fx_args, plain=True)
+        return self._numbers[key]
+
+    def size(self, method: str, source: Node, *args: int) -> Node:
+        """Write a size that is read from the tensor of ``source``, once."""
+        key = (method, source, *args)
+        if key not in self._numbers:
+            with self.graph.inserting_after(source):  # before anything reshapes it in place
+                self._numbers[key] = self.graph.call_method(method, (source, *args))
+            self._numbers[key].meta["source"] = ""
+        return self._numbers[key]
+
+    def measured(self, tensor: torch.Tensor) -> Node | None:
+        """The node to read sizes of ``tensor`` from; none for parameters, buffers and constants: theirs are fixed."""
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            return None if id(tensor) in self._state or self.tape.find(tensor) is None else self.node_of(tensor)
+        return None if node.op == "get_attr" else node
+
+    def _number(self, value: Any) -> Any:
+        """The node of a live number; one that an earlier capture left in some cache is a plain number."""
+        return value.node() if value._recorder.recording() else plain(value)
 
     def bind(self, value: Any, node: Node) -> None:
         """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""
@@ -232,11 +265,12 @@ class Arguments:
 
     def _device(self, value: torch.device) -> Any:
         """A device is read from an input, so that the graph still works after ``.to()``."""
-        if self.device is None or torch.device(value) != self.device or self._first_input is None:
+        first = next(iter(self._inputs), None)
+        if self.device is None or torch.device(value) != self.device or first is None:
             return value
         if self._device_node is None:
-            with self.graph.inserting_after(self._first_input):
-                self._device_node = self.graph.call_function(getattr, (self._first_input, "device"))
+            with self.graph.inserting_after(first):
+                self._device_node = self.graph.call_function(getattr, (first, "device"))
             self._device_node.meta["source"] = ""
         return self._device_node
 
@@ -249,6 +283,15 @@ class Arguments:
         node.meta["source"] = ""
         return node
 
+    def guard_ranks(self, where: str) -> None:
+        """The forward looked at shapes, so an input with another number of dims would mean something else."""
+        for node, rank in self._inputs.items():
+            with self.graph.inserting_after(node):
+                found = self.graph.call_method("dim", (node,))
+            with self.graph.inserting_after(found):
+                guard = self.graph.call_function(check, (found, "==", rank, True, where))
+            found.meta["source"] = guard.meta["source"] = ""
+
     def bind_input(self, value: Any, node: Node, path: str, guard: Callable[..., Any]) -> None:
         """Tie the tensors inside ``value`` to ``node``; other leaves are guarded: the graph is specialised to them."""
         if isinstance(value, torch.Tensor):
@@ -256,8 +299,7 @@ class Arguments:
             self._tie(value, node)
             node.meta["grad"] = value.is_floating_point() or value.is_complex()
             node.meta["slot"] = slot
-            if self._first_input is None:
-                self._first_input = node
+            self._inputs[node] = value.dim()
         elif isinstance(value, (tuple, list)) and value:
             for i, item in enumerate(value):
                 self.bind_input(item, self.call(operator.getitem, (node, i), plain=True), f"{path}[{i}]", guard)

@@ -17,20 +17,21 @@ from torch import nn
 
 from chase_fx.graphs.live import is_live
 
-__all__ = ["uncached"]
+__all__ = ["Uncached", "uncached"]
 
 _Cached = functools._lru_cache_wrapper
 # Nothing in these computes sizes for a model; torch's own caches see plain numbers only.
 _SKIPPED = frozenset(sys.stdlib_module_names | {"torch"})
 
 
-class _Uncached:
+class Uncached:
     """A cached function that asks its cache for plain arguments only; in everything else it is that function."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function itself for live numbers, the cached one for others."""
         live = any(map(_holds_live, args)) or any(map(_holds_live, kwargs.values()))
         return (self._function.__wrapped__ if live else self._function)(*args, **kwargs)
 
@@ -53,4 +54,4 @@ def uncached(root: nn.Module) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     for owner in owners:
         for name, value in list(getattr(owner, "__dict__", {}).items()):
             if type(value) is _Cached:
-                yield owner, name, _Uncached(value)
+                yield owner, name, Uncached(value)

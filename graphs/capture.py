@@ -25,9 +25,10 @@ from torch.fx import Graph
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
-from chase_fx.graphs.live import HashedError
+from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, other_precision
 from chase_fx.graphs.recorder import Recorder
@@ -36,23 +37,13 @@ from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
 from chase_fx.graphs.trees import tensors_in
 
-__all__ = ["SpecializationWarning", "expect", "trace"]
+__all__ = ["SpecializationWarning", "trace"]
 
 _functional: Any = nn.functional  # its stub leaves out what is private
 
 
 class SpecializationWarning(UserWarning):
     """The forward read tensor data into Python; the graph holds the value that the example inputs gave."""
-
-
-def expect(value: Any, expected: Any, name: str) -> None:
-    """Refuse a non-tensor argument that differs from the one the graph was captured with."""
-    if value is expected:
-        return
-    if expected is None or value != expected:
-        raise ArgumentError(
-            f"argument '{name}' was {expected!r} when the graph was captured, found {value!r}; trace again"
-        )
 
 
 def trace(
@@ -339,7 +330,7 @@ def _record_once(
     recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
     leaves = tuple(_output_leaves(out, recorder.tape, ""))
     if not leaves:
-        raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(out).__name__}")
+        raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(plain(out)).__name__}")
     recorder.tape.release()
     for name, rebuild in recorder.arguments.rebuilds.items():
         root.add_module(name, rebuild)

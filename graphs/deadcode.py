@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.guards import GUARDS
+
 __all__ = ["has_effect", "remove_dead_nodes"]
 
 
@@ -15,7 +17,7 @@ def has_effect(node: Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return any(True for _ in module.buffers())
-    return getattr(node.target, "__name__", "") == "expect"
+    return node.target in GUARDS
 
 
 def remove_dead_nodes(graph: Graph, root: nn.Module) -> None:

@@ -3,6 +3,10 @@
 ``x.shape[0]`` read during a capture is a :class:`LiveInt`: an ``int`` in every respect, whose arithmetic also writes
 nodes to the graph, so that the graph works at another batch size, resolution or sequence length. The node is only
 made when somebody uses the number as an argument.
+
+Python can't be asked to go both ways of an ``if``. So whatever turns such a number into something that holds for the
+example alone (a comparison, a truth value, a plain ``int``) is reported to the recorder, which writes a guard to the
+graph: where the outcome would be another, the graph refuses to run (see :mod:`chase_fx.graphs.guards`).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any, Protocol, Self
 
 from torch.fx import Node
 
-__all__ = ["HashedError", "LiveFloat", "LiveInt", "NumberRecorder", "is_live", "live_math"]
+__all__ = ["HashedError", "LiveFloat", "LiveInt", "NumberRecorder", "Watchful", "derive", "fix", "is_live", "plain"]
 
 
 class HashedError(BaseException):
@@ -37,6 +41,9 @@ class NumberRecorder(Protocol):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write ``fn(*args)`` to the graph."""
 
+    def guard(self, left: Any, comparison: str, right: Any, holds: bool) -> None:
+        """The forward goes on with the outcome of ``left comparison right``, which is ``holds`` in the capture."""
+
 
 class _Live:
     """Shared by both kinds of numbers: the recorder and a node that is made on first use."""
@@ -49,23 +56,31 @@ class _Live:
         """The FX node whose value is this number."""
         if self._node is None:
             self._node = self._build()
-            self._node.meta["value"] = self.__copy__()  # what a rewrite takes for it on dims that are no batch or space
+            self._node.meta["value"] = plain(self)  # what a rewrite takes for it on dims that are no batch or space
         return self._node
 
     def __hash__(self) -> int:
         if self._recorder.recording() and not self._recorder.may_hash:
             raise HashedError
-        return hash(_plain(self))
+        return hash(plain(self))
 
     def __reduce__(self) -> Any:
-        value = _plain(self)
+        value = plain(self)
         return type(value), (value,)
 
     def __copy__(self) -> Any:
-        return _plain(self)
+        return plain(self)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.__copy__()
+        return plain(self)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """NumPy's functions of single numbers are those of Python."""
+        known = _UFUNCS.get(ufunc.__name__)
+        numbers = all(isinstance(i, (int, float)) for i in inputs)
+        if known is not None and method == "__call__" and numbers and not kwargs:
+            return derive(known, inputs)
+        return getattr(ufunc, method)(*map(fix, inputs), **kwargs)
 
 
 class LiveInt(_Live, int):
@@ -77,6 +92,11 @@ class LiveInt(_Live, int):
         self._recorder, self._build, self._node = recorder, build, None
         return self
 
+    def bit_length(self) -> int:
+        """As of an int."""
+        found: int = derive(bit_length, (self,))
+        return found
+
 
 class LiveFloat(_Live, float):
     """A float with provenance, such as ``head_dim ** -0.5``."""
@@ -87,48 +107,128 @@ class LiveFloat(_Live, float):
         self._recorder, self._build, self._node = recorder, build, None
         return self
 
+    def is_integer(self) -> bool:
+        """As of a float."""
+        return bool(self % 1 == 0)
+
+
+class Watchful(float):
+    """A plain float that notices a live int on its right: ``0.5 * n`` asks nobody but the float."""
+
+    __slots__ = ()
+
+
+def bit_length(number: int) -> int:
+    """``number.bit_length()`` as a function with a name that a graph can import."""
+    return number.bit_length()
+
 
 def is_live(value: Any) -> bool:
     """Whether ``value`` is a number with provenance."""
     return isinstance(value, _Live)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    return float(value) if isinstance(value, float) else value
+def plain(value: Any) -> Any:
+    """``value`` without its provenance; for what only measures, for nothing is guarded."""
+    if isinstance(value, LiveInt):
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, (LiveFloat, Watchful)) else value
 
 
-def _derive(fn: Callable[..., Any], recorder: NumberRecorder, operands: tuple[Any, ...]) -> Any:
-    value = fn(*map(_plain, operands))
-    if not recorder.recording() or isinstance(value, (bool, complex)):
+def fix(value: Any) -> Any:
+    """``value`` as a plain number that the forward goes on with: the graph only serves inputs that give the same."""
+    number = plain(value)
+    if is_live(value) and value._recorder.recording():
+        value._recorder.guard(value, "==", number, True)
+    return number
+
+
+def derive(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """``fn(*operands)``, live if an operand is."""
+    value = fn(*map(plain, operands))
+    recorder = next((o._recorder for o in operands if isinstance(o, _Live) and o._recorder.recording()), None)
+    if recorder is None or isinstance(value, complex):
         return value
     # The operands are kept, not their nodes: a number that nobody uses leaves no trace in the graph.
     build = partial(recorder.call, fn, operands)
+    if isinstance(value, bool):  # math.isnan and the like
+        recorder.guard(LiveInt(value, recorder, build), "==", int(value), True)
+        return value
     return LiveInt(value, recorder, build) if isinstance(value, int) else LiveFloat(value, recorder, build)
 
 
 def _binary(fn: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(self: Any, other: Any) -> Any:
-        if not isinstance(other, (int, float)):
-            return NotImplemented
-        return _derive(fn, self._recorder, (self, other))
+        return derive(fn, (self, other)) if isinstance(other, (int, float)) else _without(self, other)
 
     def backward(self: Any, other: Any) -> Any:
-        if not isinstance(other, (int, float)):
-            return NotImplemented
-        return _derive(fn, self._recorder, (other, self))
+        return derive(fn, (other, self)) if isinstance(other, (int, float)) else _without(self, other)
 
     return forward, backward
 
 
-def _unary(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda self: _derive(fn, self._recorder, (self,))
+def _without(number: Any, other: Any) -> Any:
+    """``[x] * n``, ``1j * n``: Python goes on with the plain number."""
+    if isinstance(other, (list, tuple, str, bytes, complex)):
+        fix(number)
+    return NotImplemented
 
 
-_UNARY: dict[str, Callable[[Any], Any]] = {
+def _unary(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: derive(fn, (self, *args))
+
+
+def _comparison(symbol: str, fn: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
+    def compare(self: Any, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        holds = fn(plain(self), plain(other))
+        if self._recorder.recording():
+            self._recorder.guard(self, symbol, other, holds)
+        return holds
+
+    return compare
+
+
+def _watching(name: str, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    own = getattr(float, name)
+
+    def forward(self: Any, other: Any) -> Any:
+        if is_live(other):
+            return derive(fn, (plain(self), other))
+        found = own(self, other)
+        return Watchful(found) if type(found) is float else found
+
+    return forward
+
+
+def _watching_comparison(name: str, mirrored: str) -> Callable[[Any, Any], Any]:
+    own = getattr(float, name)
+    return lambda self, other: getattr(other, mirrored)(plain(self)) if is_live(other) else own(self, other)
+
+
+def _divmod(self: Any, other: Any) -> Any:
+    return (self // other, self % other) if isinstance(other, (int, float)) else NotImplemented
+
+
+def _rdivmod(self: Any, other: Any) -> Any:
+    return (other // self, other % self) if isinstance(other, (int, float)) else NotImplemented
+
+
+def _truth(self: Any) -> bool:
+    return bool(self != 0)
+
+
+def _to_int(self: Any) -> int:
+    found: int = fix(self if isinstance(self, int) else derive(int, (self,)))
+    return found
+
+
+def _to_float(self: Any) -> float:
+    return float(fix(self))
+
+
+_UNARY: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
     "abs": operator.abs,
     "round": round,
@@ -136,8 +236,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "floor": math.floor,
     "trunc": math.trunc,
 }
-_SHIFTS = {"rshift": operator.rshift, "lshift": operator.lshift}
-_BINARY = {
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -146,23 +245,52 @@ _BINARY = {
     "mod": operator.mod,
     "pow": operator.pow,
 }
-for _cls in (LiveInt, LiveFloat):
-    for _name, _fn in _BINARY.items():
+_BITS: dict[str, Callable[[Any, Any], Any]] = {
+    "rshift": operator.rshift,
+    "lshift": operator.lshift,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+}
+_COMPARISONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "eq": ("==", operator.eq),
+    "ne": ("!=", operator.ne),
+    "lt": ("<", operator.lt),
+    "le": ("<=", operator.le),
+    "gt": (">", operator.gt),
+    "ge": (">=", operator.ge),
+}
+_UFUNCS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(math, name) for name in ("sqrt", "exp", "log", "log2", "log10", "ceil", "floor")},
+    "absolute": abs,
+    "add": operator.add,
+    "divide": operator.truediv,
+    "floor_divide": operator.floordiv,
+    "maximum": max,
+    "minimum": min,
+    "multiply": operator.mul,
+    "negative": operator.neg,
+    "power": operator.pow,
+    "remainder": operator.mod,
+    "subtract": operator.sub,
+}
+
+
+def _complete(cls: type, methods: dict[str, Callable[..., Any]]) -> None:
+    for name, method in methods.items():
+        setattr(cls, f"__{name}__", method)
+
+
+for _cls, _binaries in ((LiveInt, _BINARY | _BITS), (LiveFloat, _BINARY)):
+    for _name, _fn in _binaries.items():
         _forward, _backward = _binary(_fn)
-        setattr(_cls, f"__{_name}__", _forward)
-        setattr(_cls, f"__r{_name}__", _backward)
-    for _name, _operator in _UNARY.items():
-        setattr(_cls, f"__{_name}__", _unary(_operator))
-for _name, _fn in _SHIFTS.items():
-    _forward, _backward = _binary(_fn)
-    setattr(LiveInt, f"__{_name}__", _forward)
-    setattr(LiveInt, f"__r{_name}__", _backward)
-
-
-def live_math(function: Callable[..., Any], recorder: NumberRecorder) -> Callable[..., Any]:
-    """A function of Python's ``math`` that gives a live number for a live number."""
-
-    def call(*args: Any) -> Any:
-        return _derive(function, recorder, args) if any(map(is_live, args)) else function(*args)
-
-    return call
+        _complete(_cls, {_name: _forward, f"r{_name}": _backward})
+    _complete(_cls, {name: _unary(fn) for name, fn in _UNARY.items()})
+    _complete(_cls, {name: _comparison(symbol, fn) for name, (symbol, fn) in _COMPARISONS.items()})
+    _complete(_cls, {"divmod": _divmod, "rdivmod": _rdivmod, "bool": _truth, "int": _to_int, "float": _to_float})
+_complete(LiveInt, {"invert": _unary(operator.invert)})
+for _name, _fn in _BINARY.items():
+    _complete(Watchful, {n: _watching(f"__{n}__", _fn) for n in (_name, f"r{_name}")})
+for _name, _mirrored in (("eq", "eq"), ("ne", "ne"), ("lt", "gt"), ("le", "ge"), ("gt", "lt"), ("ge", "le")):
+    _complete(Watchful, {_name: _watching_comparison(f"__{_name}__", f"__{_mirrored}__")})
+_complete(Watchful, {"hash": float.__hash__})

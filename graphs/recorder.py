@@ -6,7 +6,6 @@ Nothing is proxied: the model runs on its real tensors, so all Python control fl
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 import types
@@ -24,9 +23,13 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.functions import caller_of
+from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
-from chase_fx.graphs.live import LiveInt, live_math
+from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
+from chase_fx.graphs.pycalls import live_calls
+from chase_fx.graphs.reach import reachable_code
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape, TapeMode
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
@@ -52,14 +55,14 @@ _READS_DATA = frozenset(
         "is_nonzero", "__array__", "__contains__",
     }
 )  # fmt: skip
-# Functions of Python's math that keep a live number live while recording.
-_MATH = {name: getattr(math, name) for name in ("sqrt", "log", "log2", "exp", "isqrt")}
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
 # Calls whose result has as many elements as the data says.
 _DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
-_SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension"})
+# Calls whose result is as many tensors as the size of a dim says.
+_COUNTED = frozenset({"unbind", "split", "chunk", "unsafe_split", "unsafe_chunk"})
+_SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension", "stride"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
@@ -80,10 +83,13 @@ class Recorder(TorchFunctionMode):
         self.specialised = self.arguments.specialised
         self.reads_training = False
         self.reads_dtype = False  # of a tensor of floats
+        self.code = reachable_code(root)
         self.unroll = True
         self.may_hash = False
         self.unrolled = False
         self.results: tuple[torch.Tensor, ...] = ()
+        self._measures_at = ""
+        self._guards: set[tuple[Any, ...]] = set()
         self._mask_of: dict[Node, torch.Tensor] = {}
         self._names = {id(m): name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self._active = False
@@ -98,15 +104,19 @@ class Recorder(TorchFunctionMode):
         hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
+        floats = [(m.__dict__, name, v) for m in hidden for name, v in m.__dict__.items() if type(v) is float]
+        for attributes, name, value in floats:
+            attributes[name] = Watchful(value)
         patches = [*self._module_patches(training), self._function_patch()]
-        patches += [(math, name, live_math(function, self)) for name, function in _MATH.items()]
         patches += uncached(self.root) if self.may_hash else ()
         try:
-            with _patched(patches), self.tape_mode, self:
+            with _patched(patches), live_calls(self.code), self.tape_mode, self:
                 self._active = True
                 yield
         finally:
             self._active = False
+            for attributes, name, value in floats:
+                attributes[name] = plain(attributes.get(name, value))
             for module in hidden:
                 module.__dict__.setdefault("training", training[id(module)])
 
@@ -155,12 +165,24 @@ class Recorder(TorchFunctionMode):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write the arithmetic ``fn(*args)`` of live numbers."""
-        return self.arguments.call(fn, args)
+        return self.arguments.number(fn, args)
+
+    def guard(self, left: Any, comparison: str, right: Any, holds: bool) -> None:
+        """Write down that the forward decided by ``left comparison right``; once for each pair of numbers."""
+        a, b = self.arguments.to_fx(left), self.arguments.to_fx(right)
+        if a is b:
+            return
+        key = (a, comparison, b, type(b))
+        if key not in self._guards:
+            self._guards.add(key)
+            self.arguments.call(check, (a, comparison, b, holds, source_line()), plain=True)
 
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""
         self._active = True
         self.graph.output(self.arguments.output_to_fx(out))
+        if self._measures_at:
+            self.arguments.guard_ranks(self._measures_at)
         self._active = False
 
     @contextmanager
@@ -248,7 +270,20 @@ class Recorder(TorchFunctionMode):
         in_place = _is_in_place(name) or "out" in kwargs
         if name == "nonzero" and self.unroll:
             self._mask_of[node] = args[0] if args else kwargs["input"]
-        return self._finish(node, out, args, kwargs, start, in_place=in_place)
+        result = self._finish(node, out, args, kwargs, start, in_place=in_place)
+        return self._counted(node, result) if name in _COUNTED else result
+
+    def _counted(self, node: Node, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A graph has a node for each part, so at another number of parts it would ignore some."""
+        if len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):  # the length of each is given
+            return parts
+        number = LiveInt(len(parts), self, lambda: self.arguments.number(len, (node,)))
+
+        def report() -> None:
+            with self.graph.inserting_before(node.next):  # ahead of the nodes of the parts
+                fix(number)
+
+        return Counted(parts, report)
 
     def _iterated(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a Python loop over ``tensor`` is unrolled for.
@@ -319,8 +354,9 @@ class Recorder(TorchFunctionMode):
         start = len(self.tape.ops)
         with self._paused(), torch._C.DisableTorchFunction():
             out = getter(*args)
-        if name == "shape":
-            return self._live_size(tensor, out)
+        if name in ("shape", "ndim"):
+            self._measure(tensor)
+            return torch.Size(self._live_dim(tensor, d, n) for d, n in enumerate(out)) if name == "shape" else out
         if name in _PLAIN_PROPERTIES:
             self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
             return out
@@ -367,27 +403,28 @@ class Recorder(TorchFunctionMode):
     def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._paused(), torch._C.DisableTorchFunction():
             out = func(*args, **kwargs)
-        if name == "__len__":  # Python's len() makes a plain int of whatever it is given
-            self.specialised.append(f"len(tensor) at {source_line()}; use x.shape[0]")
-        if name in ("dim", "ndimension", "__len__"):
-            return out
         tensor = args[0] if args else kwargs["input"]
-        if name == "size":
-            if isinstance(out, torch.Size):
-                return self._live_size(tensor, out)
+        self._measure(tensor)
+        if name in ("dim", "ndimension"):
+            return out
+        if name == "__len__":  # Python makes a plain int of whatever it is given
+            return fix(self._live_dim(tensor, 0, out))
+        if name in ("size", "stride"):
+            if isinstance(out, tuple):
+                return type(out)(self._live_dim(tensor, d, n, name) for d, n in enumerate(out))
             dim = args[1] if len(args) > 1 else kwargs["dim"]
-            return self._live_dim(tensor, int(dim) % tensor.dim(), out)
-        source = self.arguments.to_fx(tensor)
-        return LiveInt(out, self, lambda: self.graph.call_method("numel", (source,)))
+            return self._live_dim(tensor, plain(dim) % tensor.dim(), out, name)
+        source = self.arguments.measured(tensor)
+        return out if source is None else LiveInt(out, self, lambda: self.arguments.size("numel", source))
 
-    def _live_size(self, tensor: torch.Tensor, size: torch.Size) -> torch.Size:
-        return torch.Size(self._live_dim(tensor, d, n) for d, n in enumerate(size))
+    def _measure(self, tensor: torch.Tensor) -> None:
+        """The forward looks at the shape of a tensor that depends on the inputs."""
+        if not self._measures_at and self.arguments.measured(tensor) is not None:
+            self._measures_at = source_line()
 
-    def _live_dim(self, tensor: torch.Tensor, dim: int, size: int) -> LiveInt:
-        source = self.arguments.to_fx(tensor)
-        return LiveInt(
-            size, self, lambda: self.arguments.call(torch.Tensor.size, (source, dim), plain=True, method="size")
-        )
+    def _live_dim(self, tensor: torch.Tensor, dim: int, size: int, method: str = "size") -> int:
+        source = self.arguments.measured(tensor)
+        return size if source is None else LiveInt(size, self, lambda: self.arguments.size(method, source, dim))
 
 
 def _transformed() -> bool:

@@ -141,6 +141,7 @@ def _not_exact(lines: list[str], records: Sequence[Record]) -> None:
 def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
     oracle = [(r, f"{r.get('oracle 0.5')}; {r.get('oracle 0.9')}") for r in exact if judged_by_oracle(r) != "exact"]
     batch = [(r, r["batch"]) for r in exact if r.get("batch") not in ("ok", "fixed", None)]
+    size = [(r, r["size"]) for r in exact if not r.get("size", "ok").startswith(("ok", "fixed"))]
     train = [(r, r["train"]) for r in exact if r.get("train") not in ("ok", None)]
     frozen = [
         (r, f"{r['free']:.2f}: {'; '.join((r['unknown'] or r['frozen'])[:2])}") for r in exact if r["free"] < 0.97
@@ -148,6 +149,7 @@ def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
     parts = {
         "The oracle differs or can't judge": oracle,
         "Another batch size": batch,
+        "Another resolution or sequence length": size,
         "Train mode: outputs, gradients, buffers": train,
         "Frozen for another reason than an output": frozen,
     }

@@ -192,6 +192,7 @@ def _judge(case: Case, record: Record) -> None:
         slims[key] = slim
     record["batch"] = _batches(case, traced, slims["0.5"], dense, exact) if case.batch and total < LARGE else "fixed"
     if total < LARGE:
+        record["size"] = _sizes(case, traced, slims["0.5"], record, exact)
         record["train"] = _train(case, traced, exact)
         after = model.state_dict()
         record["untouched"] = all(torch.equal(t, after[n]) or bool(t.isnan().any()) for n, t in before.items())
@@ -252,6 +253,8 @@ def _batches(case: Case, traced: nn.Module, slim: nn.Module, dense: Any, exact: 
                     gap = difference(change(base), have)
                     if consistent and gap > exact:
                         return f"slim differs at {what}: {gap:.1e}"
+            except ChaseError as e:
+                return f"refused at {what}: {_reason(e)}"
             except Exception as e:  # noqa: BLE001
                 return f"at {what}: {_reason(e)}"
     return "ok"
@@ -259,6 +262,55 @@ def _batches(case: Case, traced: nn.Module, slim: nn.Module, dense: Any, exact: 
 
 def _first(t: Tensor, batch: int) -> Tensor:
     return t[:1] if t.dim() and t.shape[0] == batch else t
+
+
+def _other_sizes(case: Case) -> Iterator[tuple[str, Any]]:
+    """The inputs at another resolution or length: every dim of one size is cut or repeated to another one."""
+    inputs = (case.args, dict(case.kwargs))
+    first = 1 if case.batch else 0
+    sizes = dict.fromkeys(n for t in flat(inputs) for n in t.shape[first:] if n > 1)
+    for size in sizes:
+        for new in (size + size // 2, 2 * size, size + 1, size - 1):
+            yield f"{size} -> {new}", _map(inputs, lambda t, n=size, m=new: _resized(t, n, m, first))
+
+
+def _resized(t: Tensor, size: int, new: int, first: int) -> Tensor:
+    for dim in range(first, t.dim()):
+        if t.shape[dim] == size:
+            t = t.index_select(dim, torch.arange(new) % size)
+    return t
+
+
+def _sizes(case: Case, traced: nn.Module, slim: nn.Module, record: Record, exact: float) -> str:
+    """Whether the traced graph follows the model to other sizes of its inputs, and the slim one the oracle.
+
+    At most two other values of each size that the model itself accepts are tried.
+    """
+    tried: dict[str, int] = {}
+    for what, (args, kwargs) in _other_sizes(case):
+        size = what.partition(" ")[0]
+        if tried.get(size, 0) == 2:
+            continue
+        with torch.no_grad():
+            try:
+                want = case.model(*_clone(args), **_clone(kwargs))
+            except Exception:  # noqa: BLE001 - the model itself can't
+                continue
+            tried[size] = tried.get(size, 0) + 1
+            try:
+                gap = difference(want, traced(*_clone(args), **_clone(kwargs)))
+            except ChaseError as e:
+                return f"refused at {what}: {_reason(e)}"
+            except Exception as e:  # noqa: BLE001
+                return f"fails at {what}: {_reason(e)}"
+        if gap > exact:
+            return f"traced differs at {what}: {gap:.1e}"
+        known = record.get("oracle 0.5")
+        if isinstance(known, float) and known <= exact:
+            gap = _oracle(case.model, args, kwargs, slim)
+            if not isinstance(gap, float) or gap > exact:
+                return f"slim differs at {what}: {gap}"
+    return f"ok, {sum(tried.values())} tried" if tried else "fixed"
 
 
 def _train(case: Case, traced: nn.Module, exact: float) -> str:

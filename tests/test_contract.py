@@ -656,21 +656,6 @@ def test_live_sizes() -> None:
     assert_exact(model, slim, (torch.randn(2, 3, 4, 7, dtype=torch.float64),))
 
 
-def test_len_is_reported() -> None:
-    """len(x) can't stay free, since Python makes a plain int of it; the capture warns, with the line."""
-
-    class Len(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).view(len(x), 8))
-
-    with pytest.warns(chase_fx.SpecializationWarning, match=r"test_contract.py:\d+"):
-        chase_fx.trace(Len(), torch.ones(3, 4))
-
-
 def test_read_data_is_reported() -> None:
     """A branch on tensor data is captured as the example inputs took it, and the capture warns, with the line."""
 

@@ -1,0 +1,204 @@
+"""Python's own functions of numbers, live while a forward is recorded.
+
+``int(n)``, ``len(x)``, ``range(n)`` are decided inside the interpreter: no method of ``n`` can make their result live.
+So while recording, *calls* of these names in the model's code go to functions of our own. Only calls do:
+``isinstance(n, int)``, ``type(n) is int``, ``dtype=int`` or an annotation mean the class itself, and bytecode tells the
+two apart (the lowest bit of ``LOAD_GLOBAL``'s argument says that the name is loaded in order to be called). The code
+of every function is put back when the recording ends. What no function of ours reaches is guarded wherever Python lets
+us notice.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import math
+import operator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from chase_fx.graphs.caches import Uncached
+from chase_fx.graphs.live import Watchful, derive, fix, is_live, plain
+from chase_fx.graphs.reach import Code
+
+__all__ = ["live_calls"]
+
+_LOAD_GLOBAL, _EXTENDED_ARG = dis.opmap["LOAD_GLOBAL"], dis.opmap["EXTENDED_ARG"]
+
+
+def _derived(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, with a live result for live arguments."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return derive(fn, args) if not kwargs and any(map(is_live, args)) else fn(*args, **kwargs)
+
+    return call
+
+
+def _extreme(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            return fn(*args, **kwargs)
+        items = tuple(args[0]) if len(args) == 1 else args
+        return derive(fn, items) if any(map(is_live, items)) else fn(items)
+
+    return call
+
+
+def _sum(items: Iterable[Any], /, start: Any = 0) -> Any:
+    items = list(items)
+    return functools.reduce(_add, items, start) if any(map(is_live, items)) else sum(items, start)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return derive(operator.add, (a, b)) if is_live(b) and isinstance(a, (int, float)) else a + b
+
+
+def _product(items: Any, *args: Any, **kwargs: Any) -> Any:
+    if not args and not kwargs and isinstance(items, (tuple, list)) and any(map(is_live, items)):
+        return math.prod(items)
+    return np.prod(items, *args, **kwargs)
+
+
+def _len(value: Any, /) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else len(value)
+
+
+def _steps(start: int, stop: int, step: int) -> int:
+    return len(range(start, stop, step))
+
+
+def _range(*args: Any) -> range:
+    """How often a loop runs is part of the graph, so it is fixed; where it ends is not."""
+    if any(map(is_live, args)):
+        start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+        fix(start)
+        fix(step)
+        fix(stop if plain(start) == 0 and plain(step) == 1 else derive(_steps, (start, stop, step)))
+    return range(*map(plain, args))
+
+
+def _map(fn: Callable[..., Any], /, *items: Iterable[Any]) -> Iterator[Any]:
+    return map(_LIVE.get(id(fn), fn), *items)
+
+
+def _type(*args: Any, **kwargs: Any) -> Any:
+    return type(plain(args[0])) if len(args) == 1 else type(*args, **kwargs)
+
+
+def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]]) -> types.ModuleType:
+    """A copy of a module's names, with other functions.
+
+    To patch the module itself would leak into whatever is imported while a forward runs.
+    """
+    copy = types.ModuleType(module.__name__)
+    vars(copy).update(vars(module))
+    vars(copy).update(functions)
+    return copy
+
+
+_MATH = {
+    name: _derived(fn)
+    for name, fn in vars(math).items()
+    if callable(fn) and not name.startswith("_") and name not in ("prod", "fsum", "dist", "sumprod")
+}
+# Every name that has a live meaning, by the identity of what it means: functions, and modules of functions.
+_LIVE: dict[int, Any] = {
+    id(int): _derived(int),
+    id(float): _derived(float),
+    id(min): _extreme(min),
+    id(max): _extreme(max),
+    id(sum): _sum,
+    id(len): _len,
+    id(range): _range,
+    id(map): _map,
+    id(type): _type,
+    id(np.prod): _product,
+    id(math): _with(math, _MATH),
+    id(np): _with(np, {"prod": _product}),
+    **{id(getattr(math, name)): live for name, live in _MATH.items()},
+}
+_PREFIX = "_chase_live_"
+_redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
+
+
+@contextmanager
+def live_calls(code: Code) -> Iterator[None]:
+    """Inside the block, calls of number functions by name in the model's code go to live ones.
+
+    Caches that live in closures, where nobody else can replace them, run uncached for live numbers.
+    """
+    changed: list[tuple[types.FunctionType, types.CodeType]] = []
+    cached = [(cell, cell.cell_contents) for cell in code.caches]
+    names = {_PREFIX + str(key): live for key, live in _LIVE.items()}
+    vars(builtins).update(names)
+    try:
+        for cell, function in cached:
+            cell.cell_contents = Uncached(function)
+        for function in code.functions:
+            original = function.__code__
+            known = _redirected.get(function)
+            if known is None or known[0] is not original:
+                known = _redirected[function] = original, _redirect(original, function.__globals__)
+            if known[1] is not original:
+                changed.append((function, original))
+                function.__code__ = known[1]
+        yield
+    finally:
+        for function, original in changed:
+            function.__code__ = original
+        for cell, function in cached:
+            cell.cell_contents = function
+        for name in names:
+            del vars(builtins)[name]
+
+
+def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
+    """``code`` whose calls of functions in ``_LIVE`` load another name; the very same object if it has none."""
+    nested = tuple(_constant(c, scope) for c in code.co_consts)
+    live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name))}
+    same = all(a is b for a, b in zip(nested, code.co_consts, strict=True))
+    changes: dict[str, Any] = {} if same else {"co_consts": nested}
+    if not live:
+        return code.replace(**changes) if changes else code
+    names, text = list(code.co_names), bytearray(code.co_code)
+    extended = 0
+    for at in range(0, len(text), 2):
+        op, argument = text[at], text[at + 1] | extended
+        extended = argument << 8 if op == _EXTENDED_ARG else 0
+        if op != _LOAD_GLOBAL or argument >> 1 not in live:
+            continue
+        called = argument & 1
+        new = live[argument >> 1]
+        if not called and not isinstance(_LIVE.get(int(new.removeprefix(_PREFIX))), types.ModuleType):
+            continue
+        index = names.index(new) if new in names else len(names)
+        if index >= (1 << 15 if argument > 255 else 1 << 7):  # no room for a longer argument: guards have to do
+            continue
+        if index == len(names):
+            names.append(new)
+        text[at + 1] = index << 1 & 255 | called
+        if argument > 255:
+            text[at - 1] = index >> 7
+    return code.replace(co_code=bytes(text), co_names=tuple(names), **changes)
+
+
+def _constant(value: Any, scope: Mapping[str, Any]) -> Any:
+    if isinstance(value, types.CodeType):
+        return _redirect(value, scope)
+    return Watchful(value) if type(value) is float else value
+
+
+def _live_name(scope: Mapping[str, Any], name: str) -> str | None:
+    found = scope.get(name)
+    if found is None:
+        found = vars(builtins).get(name)
+    return _PREFIX + str(id(found)) if id(found) in _LIVE else None
