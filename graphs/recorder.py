@@ -28,6 +28,7 @@ from chase_fx.graphs.functions import caller_of
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
+from chase_fx.graphs.provenance import view_sizes
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import reachable_code
 from chase_fx.graphs.source import source_line
@@ -337,9 +338,9 @@ class Recorder(TorchFunctionMode):
                 with self._paused(), torch._C.DisableTorchFunction():
                     out = map_tensors(out, lambda t: torch.ops.aten.alias.default(t) if id(t) in given else t)
         operands = tuple(self.tape.slot_of(t) for t in tensors_in((args, kwargs)))
-        call = call_name(node)
+        call, sizes = call_name(node), view_sizes(node)
         for op in self.tape.ops[start:]:
-            op.node, op.source, op.call, op.operands = node.name, source, call, operands
+            op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, operands, sizes
         node.meta["tape"] = (start, len(self.tape.ops))
         if self.arguments.no_grad and node.op != "call_module":
             node.meta["grad"] = False

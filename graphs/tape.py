@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chase_fx.graphs.pickling import from_plain, to_plain
 
-__all__ = ["Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
+__all__ = ["Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,9 @@ class Slot:
         return f"%{self.index}{list(self.shape)}" + (f"={self.name}" if self.name else "")
 
 
+Sizes = tuple[tuple[tuple[Slot, int], ...] | None, ...]
+
+
 @dataclass(slots=True, eq=False)
 class TapedOp:
     """One ATen call; tensors in ``args`` and ``kwargs`` are replaced by their slots."""
@@ -46,6 +49,7 @@ class TapedOp:
     source: str = ""
     call: str = ""  # the torch-level function or module of the node
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
+    sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
 
     def __getstate__(self) -> dict[str, Any]:
         """An operator does not pickle, its name does."""

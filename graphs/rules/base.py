@@ -11,7 +11,7 @@ import torch
 from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of
 from chase_fx.graphs.tape import Slot, TapedOp
 
-__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "is_space"]
 
 Labels = tuple[Axis, ...]
 
@@ -148,6 +148,15 @@ class LabelledOp:
         """Note that ``axis`` is an output dim of a contraction."""
         self.facts.produced.append(axis)
 
+    def read_from(self) -> list[set[bool] | None]:
+        """For each dim of a view: whether the dims that its size was read from are space; None where it is inferred."""
+        if len(self.op.sizes) != len(self.out.shape):
+            return [None] * len(self.out.shape)
+        return [
+            None if read is None else {is_space(self._labels[slot.index][d]) for slot, d in read}
+            for read in self.op.sizes
+        ]
+
     def all_fixed(self, detail: str) -> list[Labels]:
         """Freeze everything that goes in; everything that comes out is fixed."""
         for slot in self.op.inputs():
@@ -169,6 +178,18 @@ def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
     elif isinstance(axis, Prod):
         for factor in axis.factors:
             yield from _owners(factor)
+
+
+# Details of axes that are no channels and whose size the code tells, whatever goes in.
+_TOLD_BY_CODE = frozenset({"stacked", "a window", "pixels", "real and imaginary", "kernel size"})
+
+
+def is_space(axis: Axis) -> bool:
+    """Whether an axis never was one of channels: batch, space, sequence. One that was frozen since does not count."""
+    if isinstance(axis, Fixed):
+        return axis.cause.op != "size 1" and axis.cause.detail not in _TOLD_BY_CODE
+    parts = axis.parts if isinstance(axis, Cat) else axis.factors if isinstance(axis, Prod) else ()
+    return bool(parts) and all(map(is_space, parts))
 
 
 Rule = Callable[[LabelledOp], "Labels | Sequence[Labels] | Refusal"]

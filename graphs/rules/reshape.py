@@ -7,10 +7,10 @@ a block with several output dims is factored. What is a product twice is refined
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from chase_fx.graphs.axes import Axis, Prod
-from chase_fx.graphs.rules.base import LabelledOp, Labels
+from chase_fx.graphs.axes import Axis, Prod, atoms_of
+from chase_fx.graphs.rules.base import LabelledOp, Labels, is_space
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 
@@ -18,41 +18,65 @@ __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_u
 def reshape(op: LabelledOp) -> Labels:
     """``view``, ``reshape``, ``flatten``, ``unflatten``, ``_unsafe_view``."""
     x = next(op.op.inputs())
-    return reshape_labels(op, op[x], op.out.shape)
+    before = op[x]
+    after = reshape_labels(op, before, op.out.shape)
+    if _depends_on_space(op, before, after):
+        for axis in before:
+            op.freeze(axis, "a view mixes it with space, in a way that the size of the input decides")
+    return after
+
+
+def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
+    """Whether a view tears channels apart in a way that depends on the size of the image, the sequence or the batch.
+
+    The labels hold for the example's sizes. ``(N, H*W, C)`` viewed as ``(N, C, H, W)``, without a transpose, takes
+    other channels together at each resolution. Then a number is the size of what begins or ends with space, a size
+    that was read from space that of a piece of channels; or, where space was of size 1, it moves across the channels.
+    """
+    read = op.read_from()
+    live_in, live_out = ([d for d, axis in enumerate(labels) if any(atoms_of(axis))] for labels in (before, after))
+    if not live_in or not live_out:
+        return False
+    for dims, ends in _blocks([axis.size for axis in before], op.out.shape):
+        if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out):
+            continue
+        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if is_space(before[dim])]
+        if any(read[d] is not None and True not in read[d] for d in covering):
+            return True
+        if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
+            return True
+    lead_in, tail_in = (sum(map(is_space, part)) for part in (before[: live_in[0]], before[live_in[-1] + 1 :]))
+    lead_out, tail_out = (sum(r == {True} for r in part) for part in (read[: live_out[0]], read[live_out[-1] + 1 :]))
+    return lead_in > lead_out and tail_out > tail_in == 0
+
+
+def _blocks(sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Dims before and after that hold the same elements, as few as possible at a time; dims of size 1 are left out."""
+    i, j = (iter([d for d, n in enumerate(given) if n != 1]) for given in (sizes, shape))
+    for first, end in zip(i, j, strict=False):
+        dims, ends = [first], [end]
+        left, right = sizes[first], shape[end]
+        while left != right:
+            if left < right:
+                dims.append(next(i))
+                left *= sizes[dims[-1]]
+            else:
+                ends.append(next(j))
+                right *= shape[ends[-1]]
+        yield dims, ends
 
 
 def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
     """The labels of ``shape`` when its elements are those of ``labels`` in row-major order."""
     if 0 in shape:
         return _reshape_empty(op, labels, shape)
-    out: list[Axis] = []
-    sizes = [axis.size for axis in labels]
-    i = j = 0
-    while i < len(sizes) or j < len(shape):
-        if i < len(sizes) and sizes[i] == 1:
-            i += 1
-            continue
-        if j < len(shape) and shape[j] == 1:
-            out.append(op.fixed(1, "size 1"))
-            j += 1
-            continue
-        first, left, right = i, sizes[i], shape[j]
-        ends = [j]
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left *= sizes[i]
-                i += 1
-            else:
-                right *= shape[j]
-                ends.append(j)
-                j += 1
-        block: Axis = labels[first] if i - first == 1 else Prod(labels[first:i])
+    out: dict[int, Axis] = {}
+    for dims, ends in _blocks([axis.size for axis in labels], shape):
+        block: Axis = labels[dims[0]] if len(dims) == 1 else Prod(labels[d] for d in dims)
         for d in ends[:-1]:
-            head, block = op.split(block, shape[d], block.size // shape[d])
-            out.append(head)
-        out.append(block)
-    return tuple(out)
+            out[d], block = op.split(block, shape[d], block.size // shape[d])
+        out[ends[-1]] = block
+    return tuple(out.get(d) or op.fixed(1, "size 1") for d in range(len(shape)))
 
 
 def _reshape_empty(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
