@@ -41,7 +41,7 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
         if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out):
             continue
         covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if is_space(before[dim])]
-        if any(read[d] is not None and True not in read[d] for d in covering):
+        if any(found is not None and True not in found for found in (read[d] for d in covering)):
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
             return True
