@@ -36,6 +36,8 @@ _CLASSES = {int: torch.int64, float: torch.float64, bool: torch.bool, complex: t
 _PLAIN = frozenset(
     {type(None), bool, int, float, str, complex, torch.dtype, torch.layout, torch.memory_format, range}
 )  # fmt: skip
+# Types of Python that stand for a dtype; generated code can't name them.
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 
 class Arguments:
@@ -94,6 +96,8 @@ class Arguments:
             return self._device(value)
         if isinstance(value, (np.integer, np.floating, np.bool_)):
             return value.item()
+        if isinstance(value, type) and value in _DTYPES:
+            return _DTYPES[value]
         if isinstance(value, np.ndarray):
             return self.node_of(torch.from_numpy(value))
         if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):

@@ -29,6 +29,7 @@ from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
+from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, other_precision
 from chase_fx.graphs.recorder import Recorder
@@ -272,10 +273,16 @@ def _record(
     training: bool,
     unroll: bool = True,
 ) -> tuple[Graph, Capture, Recorder]:
-    try:
-        return _record_once(root, inputs, fake, training=training, unroll=unroll, may_hash=False)
-    except HashedError:  # from here on caches are watched
-        return _record_once(root, inputs, fake, training=training, unroll=unroll, may_hash=True)
+    may_hash, dead = False, set[Place]()
+    while True:
+        try:
+            return _record_once(
+                root, inputs, fake, training=training, unroll=unroll, may_hash=may_hash, dead=frozenset(dead)
+            )
+        except HashedError:  # from here on caches are watched
+            may_hash = True
+        except DeadPlaceError as e:
+            dead.add(e.place)
 
 
 def _record_once(
@@ -286,6 +293,7 @@ def _record_once(
     training: bool,
     unroll: bool,
     may_hash: bool,
+    dead: frozenset[Place],
 ) -> tuple[Graph, Capture, Recorder]:
     bound, device = inputs.bound, inputs.device
     if fake is not None:
@@ -295,7 +303,7 @@ def _record_once(
     root.train(training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves)
-    recorder.unroll, recorder.may_hash = unroll, may_hash
+    recorder.unroll, recorder.may_hash, recorder.loops = unroll, may_hash, Loops(dead)
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -312,6 +320,9 @@ def _record_once(
     except ChaseError:
         raise
     except Exception as e:
+        place = recorder.loops.dead_place()
+        if place is not None:
+            raise DeadPlaceError(place) from e
         line = line_of_error(e)
         raise CaptureError(
             f"{type(root).__name__}.forward raised {type(e).__name__} on the example inputs"

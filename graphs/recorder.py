@@ -6,6 +6,7 @@ Nothing is proxied: the model runs on its real tensors, so all Python control fl
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import types
@@ -27,7 +28,8 @@ from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.functions import caller_of
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
-from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
+from chase_fx.graphs.live import LiveFloat, LiveInt, Watchful, fix, plain
+from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.provenance import view_sizes
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import reachable_code
@@ -56,6 +58,7 @@ _READS_DATA = frozenset(
         "is_nonzero", "__array__", "__contains__",
     }
 )  # fmt: skip
+_READS_NUMBERS = frozenset({"item", "tolist"})
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
@@ -86,6 +89,7 @@ class Recorder(TorchFunctionMode):
         self.reads_dtype = False  # of a tensor of floats
         self.code = reachable_code(root)
         self.unroll = True
+        self.loops = Loops(frozenset())
         self.may_hash = False
         self.unrolled = False
         self.results: tuple[torch.Tensor, ...] = ()
@@ -253,14 +257,17 @@ class Recorder(TorchFunctionMode):
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
         if name == "unbind" and sys._getframe(1).f_code.co_name == "__iter__":
-            args = (self._iterated(args[0]), *args[1:])
+            return self._iterate(func, *args)
+        return self._call_function(func, name, args, kwargs)
+
+    def _call_function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = len(self.tape.ops)
         with self._paused():
             out = func(*args, **kwargs)
         if not holds_tensor(out) and name != "__setitem__":
             if name in _READS_DATA:
                 self.specialised.append(f"{name} at {source_line()}")
-            return out
+            return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
         target = _MAGIC.get(name, func)
         fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
         method = _METHODS.get(id(target))
@@ -286,7 +293,24 @@ class Recorder(TorchFunctionMode):
 
         return Counted(parts, report)
 
-    def _iterated(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _read_numbers(self, name: str, tensor: torch.Tensor, out: Any) -> Any:
+        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls."""
+        node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
+        node.meta["source"] = ""
+
+        def element(build: Callable[[], Node], place: int) -> Node:
+            return self.arguments.number(operator.getitem, (build(), place))
+
+        def live(value: Any, build: Callable[[], Node]) -> Any:
+            if isinstance(value, list):
+                return [live(v, functools.partial(element, build, i)) for i, v in enumerate(value)]
+            if type(value) is int:
+                return LiveInt(value, self, build)
+            return LiveFloat(value, self, build) if type(value) is float else value
+
+        return live(out, lambda: node)
+
+    def _iterate(self, func: Any, tensor: torch.Tensor, *dim: int) -> tuple[torch.Tensor, ...]:
         """What a Python loop over ``tensor`` is unrolled for.
 
         Where the tensor lists the places at which a mask is set (the experts that some token chose), the loop would
@@ -298,10 +322,14 @@ class Recorder(TorchFunctionMode):
         if node in self._mask_of:
             self.unrolled = True
             with self:  # the mode is off inside its own handler
-                return torch.ones_like(self._mask_of[node]).nonzero()
+                every = torch.ones_like(self._mask_of[node]).nonzero()
+            return self.loops.over(
+                tuple(self._call_function(func, "unbind", (every, *dim), {})), every, tensor, source_line()
+            )
         if name in _DATA_SIZED:
             self.specialised.append(f"loop over {name} at {source_line()}")
-        return tensor
+        found: tuple[torch.Tensor, ...] = self._call_function(func, "unbind", (tensor, *dim), {})
+        return found
 
     def _call_autograd_function(
         self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,6 +5,7 @@ One entry per function; a call that is not here has no size arguments, or its si
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -222,6 +223,30 @@ def _value(site: CallSite, number: Any) -> Any:
     return number.meta["value"]
 
 
+def _restride(site: CallSite) -> None:
+    """``as_strided(x, size, stride)``: strides that are no live ones become multiples of those that x has now."""
+    x: Any = site.arg(0, "input")
+    _sizes(1)(site)
+    given, dense = site.arg(2, "stride"), x.meta["slot"].stride
+    new = []
+    for stride in given:
+        known = stride.meta.get("value") if isinstance(stride, Node) else stride
+        if known is None or _reads_stride(stride):
+            new.append(stride)
+            continue
+        dim = max((d for d, s in enumerate(dense) if s and known % s == 0), key=lambda d: dense[d])
+        with site.graph.inserting_before(site.node):
+            now = site.graph.call_method("stride", (x, dim))
+            new.append(site.graph.call_function(operator.mul, (now, known // dense[dim])))
+    site.set(2, "stride", tuple(new))
+
+
+def _reads_stride(value: Any) -> bool:
+    if not isinstance(value, Node):
+        return False
+    return value.target == "stride" or any("slot" not in n.meta and _reads_stride(n) for n in value.all_input_nodes)
+
+
 def _narrow(site: CallSite) -> None:
     x, dim, start, length = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "start"), site.arg(3, "length")
     labels = site.label(x)
@@ -318,6 +343,7 @@ CALLS: dict[str, Handler] = {
         ("view", "reshape", "expand", "broadcast_to", "view_copy", "expand_copy", "_unsafe_view"), _sizes(1)
     ),
     "reshape": _sizes(1, "shape"),
+    "as_strided": _restride,
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
     **dict.fromkeys(("zeros", "ones", "empty", "full"), _sizes(0)),
     **dict.fromkeys(("repeat", "tile"), _repeats),

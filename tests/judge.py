@@ -67,7 +67,7 @@ def prepared(case: Case) -> Case:
     try:
         oracle.randomise(_Bound(double), args)
         with torch.no_grad():
-            double.model(*_clone(args), **_clone(kwargs))
+            _run(double.model, args, kwargs)
     except RuntimeError:
         return dataclasses.replace(case, model=case.model.float())
     return double
@@ -165,8 +165,8 @@ def _judge(case: Case, record: Record) -> None:
     record["parameters"] = total
     before = {n: t.clone() for n, t in model.state_dict().items()} if total < LARGE else {}
     with torch.no_grad():
-        dense, _ = _timed(lambda: model(*_clone(args), **_clone(kwargs)))
-        record["forward"] = min(_timed(lambda: model(*_clone(args), **_clone(kwargs)))[1] for _ in range(2))
+        dense, _ = _timed(lambda: _run(model, args, kwargs))
+        record["forward"] = min(_timed(lambda: _run(model, args, kwargs))[1] for _ in range(2))
     traced, record["trace"] = _timed(lambda: chase_fx.trace(model, args, kwargs))
     channels, record["analyze"] = _timed(lambda: chase_fx.analyze(traced))
     record["unknown"] = sorted({f"{u.op}: {u.reason[:160]} ({u.source})" for u in channels.unknown})
@@ -176,7 +176,7 @@ def _judge(case: Case, record: Record) -> None:
     contract = {n for (n, _), why in channels.frozen.items() if why.startswith(("output ", "not used by"))}
     record["free"] = sum(p.numel() for n, p in model.named_parameters() if n in live | contract) / max(total, 1)
     with torch.no_grad():
-        record["traced"] = difference(dense, traced(*_clone(args), **_clone(kwargs)))
+        record["traced"] = difference(dense, _run(traced, args, kwargs))
     slims = {}
     for sparsity in SPARSITIES:
         key = f"{sparsity:g}"
@@ -202,6 +202,12 @@ def _judge(case: Case, record: Record) -> None:
         record["reason"] = f"the traced graph differs from the model by {record['traced']:.1e}"
 
 
+def _run(root: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The result on copies of the inputs; a forward that draws numbers draws the same ones every time."""
+    torch.manual_seed(0)
+    return root(*_clone(args), **_clone(kwargs))
+
+
 def _clone(value: Any) -> Any:
     return _map(value, torch.clone)
 
@@ -221,7 +227,7 @@ def _oracle(model: nn.Module, args: Any, kwargs: Any, slim: nn.Module) -> float 
         with torch.no_grad():
             expected = kept_means.expected_output(model, slim, _clone(args), _clone(kwargs))
             # Caches hold what the layers hand to themselves: no output keeps its shape for them.
-            return difference(expected, slim(*_clone(args), **_clone(kwargs)), objects=False)
+            return difference(expected, _run(slim, args, kwargs), objects=False)
     except Exception as e:  # noqa: BLE001 - the oracle's own limits are reported, not hidden
         return _reason(e)
 
@@ -239,16 +245,16 @@ def _batches(case: Case, traced: nn.Module, slim: nn.Module, dense: Any, exact: 
         args, kwargs = change(inputs)
         with torch.no_grad():
             try:
-                want = case.model(*_clone(args), **_clone(kwargs))
+                want = _run(case.model, args, kwargs)
             except Exception:  # noqa: BLE001 - the model itself can't
                 continue
             try:
-                gap = difference(want, traced(*_clone(args), **_clone(kwargs)))
+                gap = difference(want, _run(traced, args, kwargs))
                 if gap > exact:
                     return f"traced differs at {what}: {gap:.1e}"
                 if difference(_map(list(flat(dense)), lambda t: t), list(flat(dense))) == 0:
-                    have = list(flat(slim(*_clone(args), **_clone(kwargs))))
-                    base = list(flat(slim(*_clone(inputs[0]), **_clone(inputs[1]))))
+                    have = list(flat(_run(slim, args, kwargs)))
+                    base = list(flat(_run(slim, *inputs)))
                     consistent = difference(change(list(flat(dense))), list(flat(want))) <= exact
                     gap = difference(change(base), have)
                     if consistent and gap > exact:
@@ -293,12 +299,12 @@ def _sizes(case: Case, traced: nn.Module, slim: nn.Module, record: Record, exact
             continue
         with torch.no_grad():
             try:
-                want = case.model(*_clone(args), **_clone(kwargs))
+                want = _run(case.model, args, kwargs)
             except Exception:  # noqa: BLE001 - the model itself can't
                 continue
             tried[size] = tried.get(size, 0) + 1
             try:
-                gap = difference(want, traced(*_clone(args), **_clone(kwargs)))
+                gap = difference(want, _run(traced, args, kwargs))
             except ChaseError as e:
                 return f"refused at {what}: {_reason(e)}"
             except Exception as e:  # noqa: BLE001

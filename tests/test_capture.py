@@ -402,3 +402,75 @@ def test_the_mode_is_that_of_the_model(training: bool) -> None:
     traced = chase_fx.trace(net, x)
     assert {m.training for m in traced.modules()} == {training}
     assert torch.equal(traced(x)["2"], net(x)["2"])
+
+
+class Counting(nn.Module):
+    """Rows are sorted by a router, and split into as many as it gave to each of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Linear(8, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        chosen = self.router(x).argmax(-1)
+        order = chosen.argsort(stable=True)
+        parts = x[order].split(torch.bincount(chosen, minlength=2).tolist())
+        y = torch.cat([layer(part) for layer, part in zip(self.experts, parts, strict=True)])
+        return torch.zeros_like(y).index_copy(0, order, y) * (chosen.max().item() + 1)
+
+
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+def test_numbers_read_from_data_are_read_again() -> None:
+    """What the router of the slim module decides counts, not what that of the dense one did."""
+    torch.manual_seed(3)
+    model = randomise(Counting())
+    x = torch.randn(40, 5, dtype=torch.float64)
+    traced = chase_fx.trace(model, (x,))
+    slim = chase_fx.prune(model, (x,))
+    for rows in (x, torch.randn(30, 5, dtype=torch.float64)):
+        assert torch.equal(traced(rows), model(rows))
+        assert difference(masked_copy(model, slim.plan.kept_indices())(rows), slim(rows)) <= EXACT
+
+
+class Spare(nn.Module):
+    """A mask over more places than there are experts, looped over at the chosen ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.experts = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 6))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        chosen = self.router(x).argmax(-1)
+        mask = F.one_hot(chosen, 4).T
+        y = x.new_zeros(x.shape[0], 6)
+        for place in mask.sum(-1).gt(0).nonzero():
+            (rows,) = torch.where(mask[place[0]])
+            y = y.index_add(0, rows, x[rows] @ self.experts[place[0]])
+        return self.last(y)
+
+
+def test_a_loop_is_unrolled_for_the_places_that_its_body_can_serve() -> None:
+    torch.manual_seed(0)
+    model = randomise(Spare())
+    x = torch.randn(1, 5, dtype=torch.float64)  # a single row, which chooses a single expert
+    traced = chase_fx.trace(model, (x,))
+    slim = chase_fx.prune(model, (x,))
+    rows = torch.randn(30, 5, dtype=torch.float64)
+    assert torch.equal(traced(rows), model(rows))
+    assert difference(masked_copy(model, slim.plan.kept_indices())(rows), slim(rows)) <= EXACT
+
+
+def test_types_of_python_are_dtypes() -> None:
+    """``dtype=int`` can be written to generated code."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * torch.ones(1, dtype=float) + torch.ones(2, dtype=int)
+
+    model = Net().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(chase_fx.trace(model, x)(x), model(x))

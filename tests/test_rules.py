@@ -324,6 +324,29 @@ def test_tables_that_a_forward_makes_by_place() -> None:
     assert torch.equal(torch.compile(slim, backend="eager", fullgraph=True)(x), slim(x))
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_windows_over_rows(live: bool) -> None:
+    """Overlapping windows of rows by ``as_strided``: a row's channels pass, whatever lies beside them in memory."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x).unflatten(-1, (2, 4)).transpose(1, 2)  # (N, heads, rows, channels), rows are not next to each other
+        strides = y.stride() if live else (48, 4, 8, 1)
+        n, h, rows, c = y.shape
+        windows = y.as_strided((n, h, (rows - 2) // 2, 4, c), (*strides[:2], strides[2] * 2, *strides[2:]))
+        return m.out(windows.amax(-2).transpose(1, 2).flatten(-2))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    net = randomise(Net(forward, a=nn.Linear(5, 8), out=nn.Linear(8, 3)))
+    slim = chase_fx.prune(net, x)
+    assert slim.plan.new_shape("a.weight") == (4, 5)
+    assert_exact(net, slim, (x,))
+    if live:
+        x = torch.randn(3, 10, 5, dtype=torch.float64)
+        assert torch.equal(chase_fx.trace(net, x)(x), net(x))
+        assert_exact(net, slim, (x,))
+
+
 def test_grouped_products() -> None:
     """Rows that are counted out to experts: the inner and outer widths of the experts can shrink."""
     if not hasattr(F, "grouped_mm"):

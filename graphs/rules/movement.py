@@ -113,13 +113,29 @@ def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
 
 
 def restride(op: LabelledOp) -> Labels | Refusal:
-    """``as_strided`` that only restates the strides of dims of size 1 (pooling of channels-last tensors does it)."""
+    """``as_strided(x, size, stride, offset)``: dims that keep size and stride pass, windows run over the others.
+
+    x: (B, S, C) with strides (s, c, 1) -> (B, N, W, C) with strides (s, n*c, c, 1): W rows from each n-th on
+    """
     x = op.arg(0, "self")
     size, stride, offset = op.arg(1, "size"), op.arg(2, "stride"), op.arg(3, "storage_offset")
-    same = tuple(size) == x.shape and offset is None and x.stride is not None
-    if same and all(n == 1 or s == t for n, s, t in zip(size, stride, x.stride or (), strict=True)):
-        return op[x]
-    return Refusal("as_strided addresses memory, not axes")
+    sized = [found for found in zip(x.shape, x.stride or (), strict=False) if found[0] != 1]
+    if x.stride is None or len(set(sized)) < len(sized):
+        return Refusal("as_strided addresses memory, not axes")
+    if offset is not None:
+        return Refusal("as_strided addresses memory by an offset")
+    left = dict(enumerate(zip(x.shape, x.stride, strict=True)))
+    out: list[Axis] = []
+    for n, s in zip(size, stride, strict=True):
+        same = next((d for d, found in left.items() if found == (n, s)), None)
+        if n != 1 and same is not None:
+            del left[same]
+            out.append(op[x][same])
+        else:
+            out.append(op.fixed(n, "windows"))
+    for d in left:
+        op.freeze(op[x][d], "windows run over it")
+    return tuple(out)
 
 
 def concat(op: LabelledOp) -> Labels:

@@ -1108,7 +1108,9 @@ def _names() -> dict[str, tuple[Arch, str]]:
     for arch in ARCHITECTURES:
         experts = (
             ("grouped", "batched")
-            if "num_experts_per_tok" in arch.config and arch.name != "minicpm3" and "sdpa" in arch.attention
+            if "num_experts_per_tok" in arch.config
+            and arch.name not in ("minicpm3", "jetmoe")
+            and "sdpa" in arch.attention
             else ()
         )
         for implementation in (*arch.attention, *experts):
