@@ -31,7 +31,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     ),
     (
         pointwise.broadcast,
-        "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter masked_fill",
+        "rrelu_with_noise clamp bernoulli copysign atan2 remainder fmod complex polar masked_scatter masked_fill rsub",
     ),
     (pointwise.unary, "clone native_dropout dropout _to_copy lift_fresh lift_fresh_copy lift bernoulli nan_to_num"),
     (pointwise.unary, "feature_dropout alpha_dropout view_as_real_copy fill zero uniform normal exponential"),
