@@ -231,6 +231,17 @@ class Arguments:
         self.no_grad = not enabled
         self._detached = {}
 
+    def trains(self, module: str) -> bool:
+        """Whether a parameter of the module asks for a gradient."""
+        return any(name.startswith(f"{module}.") for name in self._trainable)
+
+    def requires_grad(self, tensor: torch.Tensor) -> bool:
+        """What ``tensor.requires_grad`` is outside of the capture, which runs without gradients."""
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            return self._state.get(id(tensor)) in self._trainable
+        return _needs_grad(node, self._trainable)
+
     def _without_grad(self, node: Node) -> Node:
         """What enters a ``no_grad`` region is detached, so nothing in the region needs to know of it."""
         if not _may_need_grad(node):
@@ -316,6 +327,17 @@ class Arguments:
                 self.bind_input(item, self.call(getattr, (node, f.name), plain=True), f"{path}.{f.name}", guard)
         elif value is None or isinstance(value, (bool, int, float, str)):
             self.call(guard, (node, value, path), plain=True)
+
+
+def _needs_grad(node: Node, trainable: set[str]) -> bool:
+    """Whether ``node`` depends on a parameter that is trained; inputs ask for no gradient."""
+    if node.meta.get("trained") is None:
+        if node.op == "get_attr":
+            found = node.target in trainable
+        else:
+            found = node.meta.get("grad") is not False and any(_needs_grad(n, trainable) for n in node.all_input_nodes)
+        node.meta["trained"] = found
+    return bool(node.meta["trained"])
 
 
 def _may_need_grad(node: Node) -> bool:

@@ -118,10 +118,11 @@ def trace(
         root.add_module(name, rebuild)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor, persistent=False)
-    if recorder.specialised:
+    specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
+    if specialised:
         warnings.warn(
             "the forward reads tensor data into Python, so the graph holds the values that the example inputs gave: "
-            + "; ".join(dict.fromkeys(recorder.specialised)),
+            + "; ".join(dict.fromkeys(specialised)),
             SpecializationWarning,
             stacklevel=2,
         )
@@ -131,7 +132,7 @@ def trace(
         captures=tuple(captures),
         args=arguments,
         kwargs=keywords,
-        specialised=tuple(recorder.specialised),
+        specialised=tuple(specialised),
         structure=structure,
         aliases=aliases,
         constants=frozenset(constants),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["caller_of"]
+import torch
+from torch import nn
+
+__all__ = ["caller_of", "forwards", "holds_code"]
 
 
 @functools.cache
@@ -19,3 +23,33 @@ def caller_of(cls: Any) -> Callable[..., Any]:
     call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
     call.applies = cls  # type: ignore[attr-defined]  # by which it is found again when a graph is unpickled
     return call
+
+
+def forwards(call: Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[tuple[Any, str, Any]]:
+    """(class, ``"forward"``, replacement) for every autograd function there is.
+
+    The replacement is ``call(class, run, args)`` with the arguments that the function was applied to.
+    """
+    todo: list[Any] = [torch.autograd.Function]
+    while todo:
+        todo += (cls := todo.pop()).__subclasses__()
+        if isinstance(cls.__dict__.get("forward"), staticmethod):
+            yield cls, "forward", staticmethod(_forward(cls, cls.__dict__["forward"].__func__, call))
+
+
+def _forward(cls: Any, original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(*args: Any) -> Any:
+        if cls.setup_context is not torch.autograd.Function.setup_context:
+            return call(cls, original, args)
+        context = args[0]  # made for the class that is applied, which may inherit this forward
+        return call(getattr(type(context), "_forward_cls", cls), functools.partial(original, context), args[1:])
+
+    return forward
+
+
+def holds_code(value: Any) -> bool:
+    """Whether a module or a function is in ``value``, which can't be an argument in a graph."""
+    if isinstance(value, (tuple, list)):
+        return any(map(holds_code, value))
+    return isinstance(value, (nn.Module, types.FunctionType, types.MethodType, functools.partial))

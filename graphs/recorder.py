@@ -25,7 +25,7 @@ from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
-from chase_fx.graphs.functions import caller_of
+from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveFloat, LiveInt, Watchful, fix, plain
@@ -45,7 +45,7 @@ _EXPANDED: frozenset[Callable[..., Any]] = frozenset({F.multi_head_attention_for
 # Properties whose value is no tensor and no size; reading them leaves no trace.
 _PLAIN_PROPERTIES = frozenset(
     {
-        "dtype", "device", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
+        "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
         "ndim", "is_leaf", "grad_fn", "grad", "names", "is_nested", "itemsize", "is_mps", "is_xpu", "is_xla",
         "_version", "_backward_hooks", "output_nr", "_base", "name", "is_mkldnn", "is_sparse_csr", "is_ipu",
         "is_vulkan", "is_ort", "is_hpu", "is_maia", "is_mtia",
@@ -92,6 +92,7 @@ class Recorder(TorchFunctionMode):
         self.loops = Loops(frozenset())
         self.may_hash = False
         self.unrolled = False
+        self._inlined = False
         self.results: tuple[torch.Tensor, ...] = ()
         self._measures_at = ""
         self._guards: set[tuple[Any, ...]] = set()
@@ -112,7 +113,7 @@ class Recorder(TorchFunctionMode):
         floats = [(m.__dict__, name, v) for m in hidden for name, v in m.__dict__.items() if type(v) is float]
         for attributes, name, value in floats:
             attributes[name] = Watchful(value)
-        patches = [*self._module_patches(training), self._function_patch()]
+        patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
         try:
             with _patched(patches), live_calls(self.code), self.tape_mode, self:
@@ -152,7 +153,8 @@ class Recorder(TorchFunctionMode):
         new = {"__call__": call, "__getattr__": getattribute, "__setattr__": setattribute}
         return [(nn.Module, name, function) for name, function in new.items()]
 
-    def _function_patch(self) -> Patch:
+    def _function_patches(self) -> list[Patch]:
+        """``Function.apply``, and the forward of each function: an ``apply`` bound before can't be replaced."""
         original = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
@@ -162,7 +164,11 @@ class Recorder(TorchFunctionMode):
                 return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
-        return torch.autograd.Function, "apply", classmethod(apply)
+        return [(torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
+
+    def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
+        return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
 
     def recording(self) -> bool:
         """Whether live numbers are to write their arithmetic down."""
@@ -234,6 +240,7 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_module(name, fx_args, fx_kwargs)
         if next(self.root.get_submodule(name).parameters(), None) is not None:
             node.meta["grad"] = True
+            node.meta["trained"] = self.arguments.trains(name) or None
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     # -- functions ----------------------------------------------------------------------------------------------------
@@ -252,7 +259,8 @@ class Recorder(TorchFunctionMode):
         if name in ("__set__", "__delete__"):
             return self._write_property(func, args)
         if name == "_set_grad_enabled":
-            self.arguments.enter_grad_mode(enabled=bool(args[0]))
+            if not self._inlined:
+                self.arguments.enter_grad_mode(enabled=bool(args[0]))
             return func(*args, **kwargs)
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
@@ -335,6 +343,14 @@ class Recorder(TorchFunctionMode):
         self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A custom autograd function stays whole, for its backward is its own; its ATen calls are on the tape."""
+        if any(map(holds_code, (*args, *kwargs.values()))):
+            # A checkpoint or a reversible block: its backward computes the gradient of what the forward runs without
+            # one, so the forward is recorded with it.
+            inlined, self._inlined = self._inlined, True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._inlined = inlined
         start = len(self.tape.ops)
         with self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
@@ -386,6 +402,8 @@ class Recorder(TorchFunctionMode):
         if name in ("shape", "ndim"):
             self._measure(tensor)
             return torch.Size(self._live_dim(tensor, d, n) for d, n in enumerate(out)) if name == "shape" else out
+        if name == "requires_grad":
+            return self.arguments.requires_grad(tensor)
         if name in _PLAIN_PROPERTIES:
             self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
             return out

@@ -47,6 +47,14 @@ class Counts:
         """How many indices in ``start:stop`` stay."""
         return self.kept(self._axes.take(axis, start, stop, Cause("", "rewrite")))
 
+    def scales(self, axis: Axis, index: int) -> bool:
+        """Whether ``index`` lies between rows of a dim of batch x channels, so that its place follows the batch."""
+        axis = resolve(axis)
+        if not isinstance(axis, Prod) or not isinstance(axis.factors[0], Fixed):
+            return False
+        dense, kept, _ = self._scale(axis)
+        return index % dense == 0 and self.before(axis, index) == index // dense * kept
+
     def _scale(self, axis: Axis) -> tuple[int, int, int]:
         """(dense, kept, offset): what a dense size is divided by, multiplied with, and shifted by.
 

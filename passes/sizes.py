@@ -209,9 +209,16 @@ def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
         return slice(item.start, None, item.step)  # rows of ``step`` stay whole, so the same place is taken of each
     bounds = slice(_value(site, item.start), _value(site, item.stop), item.step)
     start, stop, _ = bounds.indices(axis.size)
-    new_start = None if bounds.start is None else site.counts.before(axis, start)
-    new_stop = None if bounds.stop is None else site.counts.before(axis, max(start, stop))
+    new_start = None if bounds.start is None else _bound(site, item.start, start, axis)
+    new_stop = None if bounds.stop is None else _bound(site, item.stop, max(start, stop), axis)
     return slice(new_start, new_stop, item.step)
+
+
+def _bound(site: CallSite, given: Any, place: int, axis: Axis) -> Any:
+    """Where dense index ``place`` is found; a computed bound between rows of batch x channels stays computed."""
+    if isinstance(given, Node) and site.counts.scales(axis, place) and _value(site, given) == place:
+        return site.shrink(given, axis)
+    return site.counts.before(axis, place)
 
 
 def _value(site: CallSite, number: Any) -> Any:
@@ -273,6 +280,18 @@ def _select(site: CallSite) -> None:
     axis = labels[dim % len(labels)]
     if site.counts.live(axis):
         site.set(2, "index", site.counts.before(axis, _value(site, index) % axis.size))
+
+
+def _squeeze(site: CallSite) -> None:
+    """A dim of channels stays a dim, also where the plan leaves one of them."""
+    labels = site.labels(site.arg(0, "input"))
+    if labels is None:
+        return
+    given = site.arg(1, "dim")
+    dims = range(len(labels)) if given is None else [given] if isinstance(given, int) else given
+    kept = [d % len(labels) for d in dims if not site.counts.live(labels[d % len(labels)])]
+    if len(kept) < len(dims):
+        site.node.args, site.node.kwargs = (site.arg(0, "input"), tuple(kept)), {}
 
 
 def _unflatten(site: CallSite) -> None:
@@ -352,6 +371,7 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("getitem", "setitem"), _getitem),
     "narrow": _narrow,
     "select": _select,
+    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
     "slice": _cut,
     "unflatten": _unflatten,
     **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),

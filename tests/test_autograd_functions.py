@@ -1,0 +1,74 @@
+"""Custom autograd functions, checkpoints and what a forward reads of gradients; squeezed dims of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import chase_fx
+from tests.nets import Net
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+straight = _Straight.apply  # bound before any capture
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, y: straight(y),
+        lambda m, y: _Straight.apply(y),
+        lambda m, y: checkpoint(m.b, y, use_reentrant=True),
+        lambda m, y: checkpoint(lambda z: m.b(z).tanh(), y, use_reentrant=False),
+    ],
+)
+def test_gradients_of_autograd_functions(step: Callable[..., Tensor]) -> None:
+    """A custom backward is kept, also of a function that was bound early; a checkpoint has the gradient of its code."""
+    net = Net(lambda m, x: m.out(step(m, m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 8), out=nn.Linear(8, 2)).double()
+    x = torch.randn(3, 6).double()
+    used = [p for p in net.parameters() if p is not None]
+    traced = chase_fx.trace(net, x)
+    net(x).square().sum().backward()
+    traced(x).square().sum().backward()
+    for want, have in zip(used, traced.parameters(), strict=True):
+        assert (want.grad is None) == (have.grad is None)
+        assert want.grad is None or torch.allclose(want.grad, have.grad, rtol=1e-12)
+
+
+def test_a_parameter_that_asks_for_a_gradient_does_so_in_a_capture() -> None:
+    """A forward that looks at ``requires_grad`` takes the same way as outside."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y = y * 2 if m.a.weight.requires_grad else y
+        y = y * 3 if y.requires_grad else y
+        return m.out(y * 5 if x.requires_grad else y)
+
+    net = Net(forward, a=nn.Linear(6, 8), out=nn.Linear(8, 2))
+    for trained in (True, False):
+        net.requires_grad_(trained)
+        x = torch.randn(3, 6)
+        assert torch.allclose(chase_fx.trace(net, x)(x), net(x))
+
+
+@pytest.mark.parametrize("step", [lambda y: y.squeeze(1), lambda y: y.squeeze(), lambda y: y.squeeze((0, -1))])
+def test_a_single_kept_channel_is_not_squeezed(step: Callable[[Tensor], Tensor]) -> None:
+    """Squeezing a dim of channels does nothing, also where one channel is left."""
+    net = Net(lambda m, x: m.out(step(m.a(x))), a=nn.Linear(6, 8), out=nn.Linear(8, 2)).double()
+    slim = chase_fx.prune(net, torch.randn(3, 6).double(), channel_sparsity=0.9)
+    assert slim.a.out_features == 1
+    assert slim(torch.randn(4, 6).double()).shape == (4, 2)
