@@ -220,7 +220,8 @@ def _copy(model: nn.Module) -> nn.Module:
         name,
         module,
     ) in model.named_modules():  # a class may have its own way to copy, which gives train mode (torch.fx)
-        own[name].training = module.training
+        if name in own:
+            own[name].training = module.training
     return root
 
 
