@@ -38,9 +38,14 @@ def _derived(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return derive(fn, args) if not kwargs and any(map(is_live, args)) else fn(*args, **kwargs)
+        return derive(fn, args) if not kwargs and _live_numbers(args) else fn(*args, **kwargs)
 
     return call
+
+
+def _live_numbers(values: tuple[Any, ...]) -> bool:
+    """Numbers of which one is live. Among tensors, the data decides."""
+    return any(map(is_live, values)) and all(isinstance(value, (int, float)) for value in values)
 
 
 def _extreme(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +53,7 @@ def _extreme(fn: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs:
             return fn(*args, **kwargs)
         items = tuple(args[0]) if len(args) == 1 else args
-        return derive(fn, items) if any(map(is_live, items)) else fn(items)
+        return derive(fn, items) if _live_numbers(items) else fn(items)
 
     return call
 

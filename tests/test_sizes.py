@@ -299,3 +299,18 @@ def test_guards_on_pruned_dims_compare_dense_sizes() -> None:
     slim = chase_fx.prune(model, x)
     assert slim.get_submodule("a").out_features == 4
     assert slim(torch.randn(5, 4)).shape == (5, 2)
+
+
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+def test_the_smaller_of_a_tensor_and_a_size_is_what_the_data_says() -> None:
+    """``min(tensor, size)`` gives the tensor or the size itself, as where a mask is pasted into a box of an image."""
+
+    class Crop(Between):
+        def forward(self, x: Tensor, box: Tensor) -> Tensor:
+            return self.b(self.a(x)[max(box[0], 0) : min(box[1], x.shape[0])])
+
+    model, x = Crop(torch.relu), torch.randn(6, 4)
+    for box in (torch.tensor([1, 4]), torch.tensor([-1, 9])):
+        traced = chase_fx.trace(model, (x, box))
+        assert torch.equal(traced(x, box), model(x, box))
+        assert torch.equal(traced(x[:5], box), model(x[:5], box))
