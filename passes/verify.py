@@ -24,6 +24,7 @@ from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, tensors_in
+from chase_fx.passes.draws import ConstantDraws
 from chase_fx.passes.reference import MaskedReference, gather_kept, initialised
 from chase_fx.passes.rewrite import channels_for
 
@@ -119,7 +120,7 @@ def _compare(
         parameter.requires_grad = False
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
-        with torch.enable_grad(), plain_recurrence(traced):
+        with torch.enable_grad(), plain_recurrence(traced), ConstantDraws():
             reference = MaskedReference(traced, channels, 0, masks)
             with _same_draws():
                 expected = reference.run(*_placed(reference, inputs))

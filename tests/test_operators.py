@@ -67,3 +67,18 @@ def test_an_unknown_operator_on_fixed_dims_is_not_reported() -> None:
     net = Net(forward, a=nn.Linear(6, 8), out=nn.Linear(8, 5))
     channels = chase_fx.analyze(chase_fx.trace(net, torch.randn(6, 6)), on_unknown="raise")
     assert not channels.unknown
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda y: F.dropout(y, 0.5, training=True),
+        lambda y: y + torch.empty_like(y).normal_(),
+        lambda y: y * torch.empty_like(y).uniform_(0.5, 1.5),
+    ],
+)
+def test_noise_in_eval_mode_is_no_difference(noise: Callable[[Tensor], Tensor]) -> None:
+    """A slim graph draws fewer numbers than the dense one; verification compares what is made of them."""
+    net = Net(lambda m, x: m.out(noise(m.a(x)).tanh()), a=nn.Linear(6, 8), out=nn.Linear(8, 5)).double()
+    slim = chase_fx.prune(net, torch.randn(2, 6).double(), channel_sparsity=0.5)
+    assert slim.a.out_features == 4
