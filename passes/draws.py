@@ -50,6 +50,9 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
 class ConstantDraws(TorchDispatchMode):
     """Replaces draws by constants. Goes outside of other modes, which see the calls first."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -128,12 +128,12 @@ class _MaskedCalls(TorchDispatchMode):
             if mask is None:
                 continue
             gone = torch.from_numpy(np.flatnonzero(~mask))
-            at = next((i for i, a in enumerate(op.args) if a is slot), None)
-            if at is not None:
-                zeroed[at] = zeroed[at].index_fill(dim, gone.to(zeroed[at].device), 0)
-            else:
-                key = next(k for k, a in op.kwargs.items() if a is slot)
-                kwargs[key] = kwargs[key].index_fill(dim, gone.to(kwargs[key].device), 0)
+            for i, given in enumerate(op.args):  # wherever it stands: ``addmm(x, x, w)`` has it twice
+                if given is slot:
+                    zeroed[i] = zeroed[i].index_fill(dim, gone.to(zeroed[i].device), 0)
+            for key, given in op.kwargs.items():
+                if given is slot:
+                    kwargs[key] = kwargs[key].index_fill(dim, gone.to(kwargs[key].device), 0)
         return tuple(zeroed), kwargs
 
     def _over_kept(self, func: Any, op: TapedOp, facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

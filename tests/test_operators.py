@@ -27,6 +27,7 @@ INDEX = torch.tensor([2, 0, 0])
         lambda m, y: torch.rsub(y, m.b(y)),
         lambda m, y: torch.zeros_like(y).index_reduce(1, INDEX, m.b(y), "amax", include_self=False) + y,
         lambda m, y: y.index_fill(1, INDEX, 0.0),
+        lambda m, y: torch.addmm(y.flatten(0, 1), y.flatten(0, 1), m.w, beta=0.3, alpha=0.7).unflatten(0, (2, 3)),
         lambda m, y: torch.slice_scatter(y, m.b(y)[:, 1:3], 1, 1, 3).select_scatter(y[:, 0], 1, 0),
         lambda m, y: y @ torch.diag_embed(m.b(y)[0, 0]),
         lambda m, y: y + torch.addmv(m.w[0], m.w, y[0, 0]),
