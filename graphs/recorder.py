@@ -160,8 +160,11 @@ class Recorder(TorchFunctionMode):
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             run = original.__get__(None, cls)
-            if not recorder._active:
+            if not recorder._active or _transformed():
                 return run(*args, **kwargs)
+            if cls.__module__.startswith("torch._functorch"):  # what vmap made of the function that it met
+                with recorder._paused():
+                    return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         return [(torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]

@@ -115,21 +115,30 @@ def _repeats(site: CallSite) -> None:
     lead = len(outer) - len(inner)
     for i in range(len(repeats)):
         d = len(outer) - len(repeats) + i
-        old = site.counts.kept(inner[d - lead]) if d >= lead else 1
-        if not isinstance(repeats[i], Node):
-            repeats[i] = site.counts.kept(outer[d]) // old
+        repeats[i] = _copies(site, repeats[i], inner[d - lead] if d >= lead else None, outer[d])
     if spread:
         site.node.args = (site.node.args[0], *repeats)
     else:
         site.set(1, "repeats" if "repeats" in site.node.kwargs else "dims", tuple(repeats))
 
 
+def _copies(site: CallSite, number: Any, before: Axis | None, after: Axis) -> Any:
+    """How many copies of ``before`` (none: of a single index) there are in ``after``; a computed number scales."""
+    old, kept = (1, 1) if before is None else (before.size, site.counts.kept(before))
+    dense, new = after.size // max(old, 1), site.counts.kept(after) // max(kept, 1)
+    if new == dense or not isinstance(number, Node):
+        return number if new == dense else new
+    with site.graph.inserting_before(site.node):
+        share = site.graph.call_function(operator.floordiv, (number, dense))
+        return site.graph.call_function(operator.mul, (share, new))
+
+
 def _repeat_interleave(site: CallSite) -> None:
     repeats, dim = site.arg(1, "repeats"), site.arg(2, "dim")
-    if isinstance(repeats, int) and dim is not None:
+    if dim is not None and (isinstance(repeats, int) or (isinstance(repeats, Node) and "slot" not in repeats.meta)):
         inner, outer = site.label(site.arg(0, "input")), site.out
         d = dim % len(outer)
-        site.set(1, "repeats", site.counts.kept(outer[d]) // site.counts.kept(inner[d]))
+        site.set(1, "repeats", _copies(site, repeats, inner[d], outer[d]))
 
 
 def _split(site: CallSite) -> None:

@@ -365,6 +365,24 @@ def test_cached_functions_of_sizes_keep_them_live() -> None:
     assert all(type(size) is int for size in heads_of((2, 3, 8), 2))
 
 
+class Doubled(torch.autograd.Function):
+    """A custom function that ``vmap`` makes one of its own of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
 class Mapped(nn.Module):
     """A mask made for one pair of places at a time, and a layer applied to one row at a time."""
 
@@ -375,7 +393,7 @@ class Mapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[0])
         ahead = torch.vmap(torch.vmap(lambda i, j: j <= i, (None, 0)), (0, None))(places, places)
-        x = torch.vmap(lambda row: self.middle(row)[:6].relu() * row[2:].sum())(self.first(x))
+        x = torch.vmap(lambda row: Doubled.apply(self.middle(row)[:6].relu()) * row[2:].sum())(self.first(x))
         return self.last(F.pad(ahead.to(x.dtype) @ x, (0, 2)))
 
 
