@@ -7,14 +7,12 @@ where the structure differs (auxiliary heads) the module keeps both graphs.
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,6 +32,7 @@ from chase_fx.graphs.merge import FLAG, merge, share_constants
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, other_precision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
+from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
 from chase_fx.graphs.trees import tensors_in
@@ -83,20 +82,19 @@ def trace(
     keywords = dict(kwargs or {})
     bound = bind(model, arguments, keywords)
     device = check_devices(model, (arguments, keywords))
-    root = _copy(model)
     inputs = _Inputs(bound, arguments, keywords, device, dict(leaves or {}))
     meta = device is not None and device.type == "meta"
-    modes = {id(m): m.training for m in root.modules()}
-    graph, capture, recorder = _record_eval(root, inputs, meta=meta)
+    graph, capture, recorder = _record_eval(model, inputs, _Way(training=False, fake=meta))
+    root = _copy(model) if meta else recorder.root
     train: tuple[Graph, Capture, Recorder] | None = None
     train_error = None
     if recorder.reads_training:
         try:
-            train = _record_train(root, inputs, capture, meta=meta)
+            train = _record(model, inputs, _Way(training=True, fake=meta))
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
     precision = other_precision(root) if recorder.reads_dtype and not meta else None
-    follow = [] if precision is None else _followers(root, inputs, graph, precision, training=False)
+    follow = [] if precision is None else _followers(model, inputs, graph, precision, training=False)
     constants = dict(recorder.arguments.constants)
     captures = [capture]
     train_graph = None
@@ -110,14 +108,9 @@ def trace(
     if precision is not None:
         apply_changes(graph, follow, root, precision[0])
         if train_graph is not None:
-            again = _followers(root, inputs, train_graph, precision, training=True)
+            again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
-    for module in root.modules():
-        module.training = modes.get(id(module), root.training)
-    for name, rebuild in recorder.arguments.rebuilds.items():
-        root.add_module(name, rebuild)
-    for name, tensor in constants.items():
-        root.register_buffer(name, tensor, persistent=False)
+    _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     if specialised:
         warnings.warn(
@@ -142,14 +135,29 @@ def trace(
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 
 
+def _complete(
+    root: nn.Module, model: nn.Module, recorders: Sequence[Recorder], constants: Mapping[str, torch.Tensor]
+) -> None:
+    """Give the module tree the modes of the model, and what the graphs need besides the model's own."""
+    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    for name, module in root.named_modules():
+        module.training = modes.get(name, model.training)
+    for recorder in recorders:
+        for name, rebuild in recorder.arguments.rebuilds.items():
+            root.add_module(name, rebuild)
+    for name, tensor in constants.items():
+        root.register_buffer(name, tensor, persistent=False)
+
+
 def _followers(
-    root: nn.Module, inputs: _Inputs, graph: Graph, precision: tuple[torch.dtype, torch.dtype], *, training: bool
+    model: nn.Module, inputs: _Inputs, graph: Graph, precision: tuple[torch.dtype, torch.dtype], *, training: bool
 ) -> list[Change]:
     """The arguments in ``graph`` that follow the model's precision, found by a capture in another one.
 
     On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data. Where neither
     works nothing is known, and nothing follows.
     """
+    root = _copy(model)
     for device in (torch.device("meta"), None):
         with in_precision(root, *precision, device) as moved:
             args, kwargs = moved(inputs.args), moved(inputs.kwargs)
@@ -157,7 +165,7 @@ def _followers(
             there = _Inputs(bound, args, kwargs, inputs.device if device is None else device, inputs.leaves)
             try:
                 with device or nullcontext():
-                    found = _record(root, there, None, training=training)[0]
+                    found = _record(root, there, _Way(training=training))[0]
             except CaptureError:
                 continue
         return compare(graph, found, *precision)
@@ -207,105 +215,88 @@ class _Inputs:
     leaves: Leaves
 
 
-def _copy(model: nn.Module) -> nn.Module:
+@dataclass(frozen=True)
+class _Way:
+    """How a forward is captured.
+
+    Attributes:
+        training: in train mode.
+        fake: on fake tensors, for the model has no data.
+        unroll: loops over the places of a mask are unrolled for every place.
+        may_hash: live numbers may be hashed, for caches of functions are watched.
+        dead: places that unrolled loops leave out.
+        values: contractions are computed, however large.
+    """
+
+    training: bool
+    fake: bool = False
+    unroll: bool = True
+    may_hash: bool = False
+    dead: frozenset[Place] = frozenset()
+    values: bool = False
+
+
+def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
+    state = () if fake is None else (*model.parameters(), *model.buffers())
     try:
-        root = cast("nn.Module", duplicate(model, {}))
+        root = cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
             "model is not changed"
         ) from e
     own = dict(root.named_modules(remove_duplicate=False))
-    for (
-        name,
-        module,
-    ) in model.named_modules():  # a class may have its own way to copy, which gives train mode (torch.fx)
+    for name, module in model.named_modules():  # a class may copy in a way that gives train mode (torch.fx)
         if name in own:
             own[name].training = module.training
     return root
 
 
-def _fake() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-# Elements per ATen call from which a forward costs more on real data than the bookkeeping of fake tensors does.
-_HEAVY = 50_000
-
-
-def _record_eval(root: nn.Module, inputs: _Inputs, *, meta: bool) -> tuple[Graph, Capture, Recorder]:
+def _record_eval(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
     """The first capture. If loops were unrolled further than the model runs them, it has to give the same result."""
-    found = _record(root, inputs, _fake() if meta else None, training=False)
-    if found[2].unrolled and not meta:
+    found = _record(model, inputs, way)
+    if found[2].unrolled and not way.fake:
         with torch.no_grad():
-            want = list(tensors_in(root.eval()(*inputs.args, **inputs.kwargs)))
+            want = list(tensors_in(_copy(model).eval()(*inputs.args, **inputs.kwargs)))
         have = found[2].results
         close = len(want) == len(have) and all(
             a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(want, have, strict=True)
         )
         if not close:
-            return _record(root, inputs, None, training=False, unroll=False)
+            return _record(model, inputs, replace(way, unroll=False))
     return found
 
 
-def _record_train(
-    root: nn.Module,
-    inputs: _Inputs,
-    evaluated: Capture,
-    *,
-    meta: bool,
-) -> tuple[Graph, Capture, Recorder]:
-    """The second capture only has to show structure, so a heavy one runs on fake tensors if the forward lets it."""
-    ops = evaluated.tape.ops
-    elements = sum(math.prod(slot.shape) for op in ops for slot in op.outs)
-    if meta or elements > _HEAVY * len(ops):
-        try:
-            return _record(root, inputs, _fake(), training=True)
-        except CaptureError:
-            if meta:
-                raise
-    return _record(root, inputs, None, training=True)
+def _record(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
+    """One capture, at first without values where they can be done without.
 
-
-def _record(
-    root: nn.Module,
-    inputs: _Inputs,
-    fake: FakeTensorMode | None,
-    *,
-    training: bool,
-    unroll: bool = True,
-) -> tuple[Graph, Capture, Recorder]:
-    may_hash, dead = False, set[Place]()
+    Every attempt has a copy of the model of its own: what one forward leaves in its modules (a cache of a result) would
+    be a constant of the next.
+    """
+    if inputs.device is None or inputs.device.type != "cpu":
+        way = replace(way, values=True)
     while True:
         try:
-            return _record_once(
-                root, inputs, fake, training=training, unroll=unroll, may_hash=may_hash, dead=frozenset(dead)
-            )
+            return _record_once(model, inputs, way)
         except HashedError:  # from here on caches are watched
-            may_hash = True
-        except DeadPlaceError as e:
-            dead.add(e.place)
+            way = replace(way, may_hash=True)
+        except (ValuesNeeded, Exception) as e:
+            if isinstance(e, DeadPlaceError):
+                way = replace(way, dead=way.dead | {e.place})
+            elif way.values:
+                raise
+            way = replace(way, values=True)  # whatever went wrong, the run on real values has the last word
 
 
-def _record_once(
-    root: nn.Module,
-    inputs: _Inputs,
-    fake: FakeTensorMode | None,
-    *,
-    training: bool,
-    unroll: bool,
-    may_hash: bool,
-    dead: frozenset[Place],
-) -> tuple[Graph, Capture, Recorder]:
-    bound, device = inputs.bound, inputs.device
-    if fake is not None:
-        state = (*root.parameters(), *root.buffers())
-        root = copy.deepcopy(root, {id(tensor): faked(fake, tensor) for tensor in state})
-        device = torch.device("cpu") if device is not None and device.type == "meta" else device
-    root.train(training)
+def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
+    bound = inputs.bound
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake else None
+    device = inputs.device if fake is None else torch.device("cpu")
+    root = _copy(model, fake)
+    root.train(way.training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
-    recorder = Recorder(root, device, inputs.leaves)
-    recorder.unroll, recorder.may_hash, recorder.loops = unroll, may_hash, Loops(dead)
+    recorder = Recorder(root, device, inputs.leaves, values=way.values)
+    recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -340,6 +331,8 @@ def _record_once(
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer
+    if recorder.standins is not None:
+        _check(recorder, {id(buffer) for _, _, buffer, _ in buffers})
     recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
     leaves = tuple(_output_leaves(out, recorder.tape, ""))
     if not leaves:
@@ -349,7 +342,16 @@ def _record_once(
         root.add_module(name, rebuild)
     remove_dead_nodes(recorder.graph, root)
     nodes = frozenset(node.name for node in recorder.graph.nodes)
-    return recorder.graph, Capture("train" if training else "eval", recorder.tape, leaves, nodes), recorder
+    return recorder.graph, Capture("train" if way.training else "eval", recorder.tape, leaves, nodes), recorder
+
+
+def _check(recorder: Recorder, known: set[int]) -> None:
+    """Values are needed if the forward asked for some, or registered new buffers that depend on them."""
+    standins, tape = recorder.standins, recorder.tape
+    assert standins is not None
+    made = [tape.find(buffer) for buffer in recorder.root.buffers() if id(buffer) not in known]
+    if standins.gave_up or standins.marks(slot for slot in made if slot is not None):
+        raise ValuesNeeded
 
 
 def _output_leaves(value: Any, tape: Tape, path: str) -> Iterator[OutputLeaf]:

@@ -34,6 +34,7 @@ from chase_fx.graphs.provenance import view_sizes
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import reachable_code
 from chase_fx.graphs.source import source_line
+from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
 
@@ -59,6 +60,16 @@ _READS_DATA = frozenset(
     }
 )  # fmt: skip
 _READS_NUMBERS = frozenset({"item", "tolist"})
+# Calls that give a Python value which does not depend on the data.
+_ABOUT = frozenset(
+    {
+        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "stride",
+        "storage_offset", "element_size", "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
+        "is_tensor", "is_storage", "is_pinned", "is_shared", "__hash__", "register_hook",
+    }
+)  # fmt: skip
+# Calls that read indices from a tensor without an ATen call that would tell.
+_READS_INDICES = frozenset({"tensor_split", "hsplit", "vsplit", "dsplit"})
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
@@ -76,15 +87,16 @@ Patch = tuple[Any, str, Any]  # owner, attribute, what it is while recording
 class Recorder(TorchFunctionMode):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None, leaves: Leaves) -> None:
+    def __init__(self, root: nn.Module, device: torch.device | None, leaves: Leaves, *, values: bool) -> None:
         super().__init__()
         self.root = root
         self.leaves = leaves
         self.graph = Graph()
         self.tape = Tape()
-        self.tape_mode = TapeMode(self.tape)
         self.arguments = Arguments(root, self.graph, self.tape, device)
         self.specialised = self.arguments.specialised
+        self.standins = None if values else StandIns()
+        self.tape_mode = TapeMode(self.tape, self.standins)
         self.reads_training = False
         self.reads_dtype = False  # of a tensor of floats
         self.code = reachable_code(root)
@@ -115,6 +127,8 @@ class Recorder(TorchFunctionMode):
             attributes[name] = Watchful(value)
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
+        if self.standins is not None:
+            self.standins.start(self.tape.slots)
         try:
             with _patched(patches), live_calls(self.code), self.tape_mode, self:
                 self._active = True
@@ -207,6 +221,11 @@ class Recorder(TorchFunctionMode):
         finally:
             self._active = True
 
+    def _need_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The data of the tensors among the arguments matter."""
+        if self.standins is not None:
+            self.standins.need([self.tape.slot_of(t) for t in tensors_in((args, kwargs))])
+
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def _call_module(
@@ -216,6 +235,8 @@ class Recorder(TorchFunctionMode):
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
         if is_leaf(module, self.leaves):
+            if type(module) in self.leaves:  # nothing is known of what it does
+                self._need_values(args, kwargs)
             out, start = self._run_leaf(module, original, args, kwargs)
             return self._record_leaf(name, args, kwargs, out, start)
         if may_be_leaf(module) and len(args) >= 1 and isinstance(args[0], torch.Tensor):
@@ -276,9 +297,9 @@ class Recorder(TorchFunctionMode):
         with self._paused():
             out = func(*args, **kwargs)
         if not holds_tensor(out) and name != "__setitem__":
-            if name in _READS_DATA:
-                self.specialised.append(f"{name} at {source_line()}")
-            return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
+            return self._python_value(name, out, args, kwargs)
+        if name in _READS_INDICES:
+            self._need_values(args[1:], kwargs)
         target = _MAGIC.get(name, func)
         fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
         method = _METHODS.get(id(target))
@@ -291,6 +312,14 @@ class Recorder(TorchFunctionMode):
             self._mask_of[node] = args[0] if args else kwargs["input"]
         result = self._finish(node, out, args, kwargs, start, in_place=in_place)
         return self._counted(node, result) if name in _COUNTED else result
+
+    def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose result is no tensor: the graph holds the value, if anything was done with it."""
+        if name in _READS_DATA:
+            self.specialised.append(f"{name} at {source_line()}")
+        if name not in _ABOUT:
+            self._need_values(args, kwargs)
+        return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
 
     def _counted(self, node: Node, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A graph has a node for each part, so at another number of parts it would ignore some."""
@@ -331,6 +360,8 @@ class Recorder(TorchFunctionMode):
         node = self.arguments.node_of(tensor)
         name = call_name(node)
         if node in self._mask_of:
+            if self.standins is not None:  # whether it changes the result is to be seen
+                self.standins.give_up()
             self.unrolled = True
             with self:  # the mode is off inside its own handler
                 every = torch.ones_like(self._mask_of[node]).nonzero()
@@ -354,6 +385,7 @@ class Recorder(TorchFunctionMode):
                 return run(*args, **kwargs)
             finally:
                 self._inlined = inlined
+        self._need_values(args, kwargs)
         start = len(self.tape.ops)
         with self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
@@ -411,6 +443,7 @@ class Recorder(TorchFunctionMode):
             self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
             return out
         if not isinstance(out, torch.Tensor):
+            self._need_values(args, {})
             return out
         node = self.graph.call_function(getattr, (self.arguments.to_fx(tensor), name))
         return self._finish(node, out, args, {}, start, in_place=False)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chase_fx.graphs.pickling import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from chase_fx.graphs.standins import StandIns
 
 __all__ = ["Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
 
@@ -145,11 +148,12 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class TapeMode(TorchDispatchMode):
-    """Writes each ATen call to a tape. ``stop()`` and ``go()`` are cheaper than leaving the mode."""
+    """Writes each ATen call to a tape; where there are stand-ins, they decide what is computed."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, standins: StandIns | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
         self.tape = tape
+        self.standins = standins
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -160,8 +164,12 @@ class TapeMode(TorchDispatchMode):
         tape = self.tape
         taped_args = _replace(args, tape.slot_of)
         taped_kwargs = _replace(kwargs, tape.slot_of) if kwargs else {}
+        dependence: tuple[set[int], ...] = ()
         try:
-            out = func(*args, **kwargs)
+            if self.standins is None:
+                out = func(*args, **kwargs)
+            else:
+                out, dependence = self.standins.run(func, args, kwargs, (taped_args, taped_kwargs))
         except ZeroDivisionError:
             # torch's fake batch norm divides by n - 1 for the running variance, also where n is 1.
             if func is not torch.ops.aten.native_batch_norm.default:
@@ -172,6 +180,8 @@ class TapeMode(TorchDispatchMode):
             outs: tuple[Slot, ...] = (tape.add(out),)
         else:
             outs = tuple(_slots_of_output(out, tape))
+        if self.standins is not None:
+            self.standins.follow(outs, dependence)
         tape.ops.append(TapedOp(func, taped_args, taped_kwargs, outs))
         return out
 
