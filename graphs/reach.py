@@ -21,6 +21,7 @@ __all__ = ["Code", "reachable_code"]
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
 _REGISTRY = 500  # larger containers are data, no tables of functions
+_REMEMBERED = 64  # models
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,65 @@ class Code:
     caches: tuple[types.CellType, ...]
 
 
+# Of models with these classes and functions, whose identities stay theirs while they are held.
+_known: dict[frozenset[int], tuple[tuple[Any, ...], Code]] = {}
+
+
 def reachable_code(root: nn.Module) -> Code:
     """The code that a forward of ``root`` may run."""
+    seen: set[int] = set()
+    starts = {id(start): start for module in root.modules() for start in _starts(module, seen)}
+    key = frozenset(starts)
+    if key in _known:
+        return _known[key][1]
     reach = _Reach()
-    for module in root.modules():
-        reach.instance(module)
-    return Code(tuple(reach.functions.values()), tuple(reach.caches))
+    for start in starts.values():
+        reach.visit(start)
+    code = Code(tuple(reach.functions.values()), tuple(reach.caches))
+    if not any(getattr(start, "__closure__", None) for start in starts.values()):  # it might hold a whole model
+        if len(_known) >= _REMEMBERED:
+            _known.pop(next(iter(_known)))
+        _known[key] = tuple(starts.values()), code
+    return code
+
+
+def _starts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The class of an object, and the functions and classes that it holds."""
+    yield type(value)
+    for item in vars(value).values() if hasattr(value, "__dict__") else ():
+        if isinstance(item, (tuple, list)) or _may_hold(item):
+            yield from _held(item, seen)
+
+
+def _held(item: Any, seen: set[int]) -> Iterator[Any]:
+    if isinstance(item, (types.FunctionType, type)):
+        yield item
+    elif isinstance(item, types.MethodType):
+        yield item.__func__
+    elif isinstance(item, functools.partial):
+        yield from _held(item.func, seen)
+    elif isinstance(item, (tuple, list)):
+        for part in item if len(item) <= _REGISTRY else ():
+            if _may_hold(part):
+                yield from _held(part, seen)
+    elif _own(type(item).__module__) and id(item) not in seen:
+        seen.add(id(item))
+        yield from _starts(item, seen)
+
+
+def _may_hold(item: Any) -> bool:
+    return callable(item) and not isinstance(item, (nn.Module, torch.Tensor))
+
+
+def _target(value: Any) -> Any:
+    """What is called in the end: the function of a method, a property, a partial or a cache."""
+    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        return value.__func__
+    if isinstance(value, (functools.partial, functools.cached_property)):
+        return value.func
+    if isinstance(value, property):
+        return value.fget
+    return value.__wrapped__ if isinstance(value, functools._lru_cache_wrapper) else None
 
 
 class _Reach:
@@ -52,44 +106,29 @@ class _Reach:
         self._waiting: dict[str, list[Any]] = {}
         self._seen: set[int] = set()
 
-    def instance(self, value: Any) -> None:
-        """An object: the code of its class, and functions that it holds."""
-        self._class(type(value))
-        for item in vars(value).values() if hasattr(value, "__dict__") else ():
-            if not isinstance(item, (*_PRIMITIVE, nn.Module)) and (callable(item) or isinstance(item, (tuple, list))):
-                self._value(item)
-
-    def _value(self, value: Any) -> None:
+    def visit(self, value: Any) -> None:
+        """A value that reachable code may call, or that holds such values."""
         if isinstance(value, _PRIMITIVE) or id(value) in self._seen:
             return
         if isinstance(value, types.FunctionType):
             self._function(value)
         elif isinstance(value, type):
             self._class(value)
-        elif isinstance(value, types.ModuleType):
-            return
-        elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
-            self._value(value.__func__)
-        elif isinstance(value, functools.partial):
-            self._value(value.func)
-        elif isinstance(value, property):
-            self._value(value.fget)
-        elif isinstance(value, functools.cached_property):
-            self._value(value.func)
         elif isinstance(value, (dict, tuple, list)):
             self._items(value)
-        elif hasattr(value, "__wrapped__"):  # functools.lru_cache
-            self._value(value.__wrapped__)
-        elif _own(type(value).__module__) and not isinstance(value, nn.Module):
+        elif (target := _target(value)) is not None:
+            self.visit(target)
+        elif _own(type(value).__module__) and not isinstance(value, (nn.Module, types.ModuleType)):
             self._seen.add(id(value))
-            self.instance(value)
+            for start in _starts(value, self._seen):
+                self.visit(start)
 
     def _items(self, value: Mapping[Any, Any] | tuple[Any, ...] | list[Any]) -> None:
         self._seen.add(id(value))
         if len(value) <= _REGISTRY:
             for item in value.values() if isinstance(value, Mapping) else value:
                 if callable(item):
-                    self._value(item)
+                    self.visit(item)
 
     def _class(self, given: type) -> None:
         if id(given) in self._seen:
@@ -104,7 +143,7 @@ class _Reach:
                 if isinstance(member, _PRIMITIVE):
                     continue
                 if name in self._names or name.startswith("__") or isinstance(member, dict):
-                    self._value(member)
+                    self.visit(member)
                 else:
                     self._waiting.setdefault(name, []).append(member)
 
@@ -123,9 +162,9 @@ class _Reach:
                 if isinstance(found, types.ModuleType):
                     if _own(found.__name__):
                         for attribute in code.co_names:
-                            self._value(vars(found).get(attribute))
+                            self.visit(vars(found).get(attribute))
                 elif found is not None:
-                    self._value(found)
+                    self.visit(found)
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -133,13 +172,13 @@ class _Reach:
                 continue
             if isinstance(content, functools._lru_cache_wrapper):
                 self.caches.append(cell)
-            self._value(content)
+            self.visit(content)
 
     def _name(self, name: str) -> None:
         if name not in self._names:
             self._names.add(name)
             for member in self._waiting.pop(name, ()):
-                self._value(member)
+                self.visit(member)
 
 
 def _own(module: str | None) -> bool:
