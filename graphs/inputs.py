@@ -108,7 +108,7 @@ def _fresh(value: Any, fake: FakeTensorMode | None) -> Any:
     if isinstance(value, torch.Tensor):
         if fake is not None:
             value = faked(fake, value)
-        return value.detach().view_as(value) if value.layout is torch.strided else value
+        return value.detach().clone()  # a forward may write to its inputs
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_fresh(v, fake) for v in value))
     if type(value) in (tuple, list):

@@ -492,3 +492,20 @@ def test_types_of_python_are_dtypes() -> None:
     model = Net().double()
     x = torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(chase_fx.trace(model, x)(x), model(x))
+
+
+def test_a_forward_that_writes_to_its_input() -> None:
+    """The example inputs are left as they were, and the graph writes to its own input as the model does."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 3
+            return self.b(self.a(x))
+
+    model = Net().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = x.clone()
+    traced = chase_fx.trace(model, x)
+    assert torch.equal(x, before)
+    assert torch.equal(traced(x), model(before))
+    assert torch.equal(x, before)
