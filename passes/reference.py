@@ -115,6 +115,8 @@ class _MaskedCalls(TorchDispatchMode):
         if facts.contracted:
             args, kwargs = self._zeroed(op, facts, args, kwargs)
         if facts.reduced and any(self.reference.keep(s, d) is not None for s, d in facts.reduced):
+            if op.op._schema.name == "aten::native_group_norm":
+                return self._over_groups(func, op, args, kwargs)
             return self._over_kept(func, op, facts, args, kwargs)
         return func(*args, **kwargs)
 
@@ -143,6 +145,15 @@ class _MaskedCalls(TorchDispatchMode):
         for slot, d in facts.reduced:
             dims.setdefault(slot.index, []).append(d)
 
+        first = facts.reduced[0][0]
+        for slot, d in facts.reduced:
+            if slot.shape == first.shape and not _same(ref.keep(slot, d), ref.keep(first, d)):
+                raise VerificationError(
+                    f"{op.op} at node '{op.node}' reduces two operands over different units of dim {d}; its channel "
+                    "rule has to tie them",
+                    node=op.node,
+                )
+
         def compress(value: Any, slot: Any) -> Any:
             if not (isinstance(value, torch.Tensor) and isinstance(slot, Slot)):
                 return value
@@ -157,20 +168,31 @@ class _MaskedCalls(TorchDispatchMode):
         if name in ("aten::native_layer_norm", "aten::_fused_rms_norm"):
             n = len(args[1])
             new_args[1] = list(new_args[0].shape[-n:])
-        elif name == "aten::native_group_norm":
-            new_args[4] = new_args[0].shape[1]
-            new_args[6] = _count(facts.notes["groups"], ref.masks)
         kept = func(*new_args, **{k: compress(v, op.kwargs[k]) for k, v in kwargs.items()})
         dense = func(*args, **kwargs)
         if isinstance(dense, torch.Tensor):
             return _merge(dense, kept, op.outs[0], ref)
         return tuple(_merge(d, k, slot, ref) for d, k, slot in zip(dense, kept, op.outs, strict=True))
 
+    def _over_groups(self, func: Any, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A group norm, each of the dense groups by itself over the channels that it keeps: (N, G*I, *s)."""
+        x, w, b, n, channels, area, groups, eps = args
+        mask = self.reference.keep(op.args[0], 1)
+        kept = np.ones(channels, bool) if mask is None else mask
+        outs = [t.clone() for t in func(*args, **kwargs)]
+        for g in range(groups):
+            own = np.arange(channels // groups) + g * (channels // groups)
+            at = torch.from_numpy(own[kept[own]]).to(x.device)
+            if len(at):
+                few = (None if t is None else t.index_select(0, at) for t in (w, b))
+                y, mean, rstd = func(x.index_select(1, at), *few, n, len(at), area, 1, eps)
+                outs[0][:, at] = y
+                outs[1][:, g], outs[2][:, g] = mean[:, 0], rstd[:, 0]
+        return tuple(outs)
 
-def _count(axis: Axis, masks: Mapping[Atom, np.ndarray]) -> int:
-    """How many indices of ``axis`` stay."""
-    mask = keep_mask(axis, masks)
-    return axis.size if mask is None else int(mask.sum())
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b is None or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def _merge(dense: torch.Tensor, kept: torch.Tensor, slot: Slot, ref: MaskedReference) -> torch.Tensor:

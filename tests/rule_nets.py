@@ -1,0 +1,218 @@
+"""One small net for each operator rule that :mod:`tests.nets` has none for, on images of 3 x 4 x 4.
+
+Each is ``out(step(m, y, z)) + also(y) + tail(z)`` with two branches ``y = b(a(x))`` and ``z = c(x)`` of (N, 8, 4, 4), a
+matrix ``m.w`` of 8 x 8, and a vector ``m.v`` of 8. What the step gives has 8 channels, or as many as the table says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from tests.nets import Net, conv
+from tests.oracle import randomise
+
+__all__ = ["RULE_NETS", "build"]
+
+Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
+PICKED = torch.tensor([6, 0, 3])
+BOXES = torch.tensor([[0, 0.0, 0.0, 3.0, 3.0], [1, 1.0, 0.5, 3.0, 2.0], [2, 0.5, 1.0, 2.0, 3.5]], dtype=torch.float64)
+
+
+def _rows(y: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H*W, C)."""
+    return y.flatten(2).mT
+
+
+def _image(rows: Tensor) -> Tensor:
+    """(N, 16, C) as (N, C, 4, 4)."""
+    return rows.mT.unflatten(2, (4, 4))
+
+
+def _channel(v: Tensor) -> Tensor:
+    return v[..., None, None]
+
+
+def _written(y: Tensor, z: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, :, PICKED % 4] = z[:, :, :3]
+    return y
+
+
+def _packed(y: Tensor) -> Tensor:
+    lengths = torch.tensor([16, 9, 4])
+    return _image(pad_packed_sequence(pack_padded_sequence(_rows(y), lengths, True), True)[0])
+
+
+def _suppressed(y: Tensor) -> Tensor:
+    boxes = torch.cat([y[0, :, 0, :2], y[0, :, 0, :2] + 1], 1)
+    kept = torchvision.ops.nms(boxes, y[0, :, 1, 1], 0.5)
+    return kept.double().sum()
+
+
+def _grouped(m: nn.Module, y: Tensor) -> Tensor:
+    rows = y[:, :, 0, 0].float()
+    offsets = torch.tensor([1, 1, rows.shape[0]], dtype=torch.int32)
+    return _channel(F.grouped_mm(rows, m.experts.float(), offs=offsets).double())
+
+
+def _one_head(y: Tensor, z: Tensor) -> Tensor:
+    y, z = y[:, None].contiguous(), z[:, None].contiguous()
+    return F.scaled_dot_product_attention(y, z, z)[:, 0]
+
+
+def _scattered(y: Tensor, z: Tensor) -> Tensor:
+    return y.scatter_add(2, (PICKED % 4).view(1, 1, 3, 1).expand_as(z), z)
+
+
+def _square(y: Tensor) -> Tensor:
+    return torch.eye(y.shape[1]).double() * 3 + y.flatten(2) @ y.flatten(2).mT
+
+
+def _folded(y: Tensor) -> Tensor:
+    windows = y.unfold(1, 2, 1)
+    return torch.ops.aten.unfold_backward(windows, [y.shape[0], 8, 4, 4], 1, 2, 1)
+
+
+RULE_NETS: dict[str, tuple[Step, int]] = {
+    # pointwise
+    "like": (lambda m, y, z: y * torch.ones_like(z) * z.var(1, keepdim=True), 8),
+    "gated": (lambda m, y, z: F.glu(torch.cat([y[:, 2:6], z[:, :4]], 1), 1), 4),
+    "cumulative": (lambda m, y, z: y.cumsum(1) + z, 8),
+    "softmax": (lambda m, y, z: y.softmax(1) + z, 8),
+    "extreme": (lambda m, y, z: y.amax(1, keepdim=True) + z, 8),
+    "dropout": (lambda m, y, z: z + F.dropout(y, 0.5, m.training), 8),
+    # contraction
+    "addmm": (lambda m, y, z: z + _channel(torch.addmm(m.v, y.mean((2, 3)), m.w)), 8),
+    "baddbmm": (lambda m, y, z: _image(torch.baddbmm(_rows(z), _rows(y), m.w.expand(y.shape[0], 8, 8))), 8),
+    "mv": (lambda m, y, z: z + y.mean((2, 3)).mv(m.v)[:, None, None, None], 8),
+    "addmv": (lambda m, y, z: z * _channel(torch.addmv(m.v, m.w, y[0].mean((1, 2)))), 8),
+    "addr": (lambda m, y, z: z + _image(_rows(y) @ torch.addr(m.w, m.v, m.u)), 8),
+    "addbmm": (lambda m, y, z: z * _channel(torch.addbmm(m.w, y[:, :, 0], y[:, :, 1].mT).sum(1)), 8),
+    "dot": (lambda m, y, z: z * torch.dot(m.v, y[0].mean((1, 2))), 8),
+    "one_head": (lambda m, y, z: _image(_one_head(_rows(y), _rows(z))), 8),
+    "vector_norm": (lambda m, y, z: z * torch.linalg.vector_norm(y, dim=1, keepdim=True), 8),
+    "old_norm": (lambda m, y, z: z * torch.ops.aten.norm.ScalarOpt_dim(y, 2, [1], True), 8),
+    "weight_norm": (lambda m, y, z: m.normed(y) + z, 8),
+    "trilinear": (lambda m, y, z: _channel(m.bilinear(y.mean((2, 3)), z.mean((2, 3)))) + m.fixed(y), 8),
+    "grouped_mm": (lambda m, y, z: z + _grouped(m, y), 8),
+    "distance": (lambda m, y, z: z * torch.cdist(_rows(y), _rows(z)).mean((1, 2))[:, None, None, None], 8),
+    "triangular": (lambda m, y, z: _image(torch.linalg.solve_triangular(_square(y), z.flatten(2), upper=False).mT), 8),
+    # normaliser
+    "batch_statistics": (lambda m, y, z: F.batch_norm(y, None, None, m.v, m.u, training=True) + z, 8),
+    "spread": (lambda m, y, z: z * y.var(1, keepdim=True), 8),
+    "loss": (lambda m, y, z: z * F.mse_loss(y, z), 8),
+    "label_loss": (lambda m, y, z: z * F.nll_loss(y.mean((2, 3)), torch.arange(y.shape[0]) + 4), 8),
+    "group_norm": (lambda m, y, z: F.group_norm(y, 4, m.v, m.u) + z, 8),
+    "layer_norm": (lambda m, y, z: _image(F.layer_norm(_rows(y), (8,), m.v, m.u)) + z, 8),
+    # reshape
+    "native_shuffle": (lambda m, y, z: torch.channel_shuffle(y, 4) + z, 8),
+    "pixel_unshuffle": (lambda m, y, z: F.pixel_unshuffle(y, 2).repeat_interleave(2, 2).repeat_interleave(2, 3), 32),
+    "as_complex": (lambda m, y, z: torch.view_as_complex(y.unflatten(3, (2, 2))).abs().repeat(1, 1, 1, 2) + z, 8),
+    "as_real": (lambda m, y, z: torch.view_as_real(torch.complex(y, z)).flatten(3)[..., 1:5], 8),
+    # movement
+    "pixel_shuffle": (lambda m, y, z: F.pixel_shuffle(y, 2)[:, :, ::2, ::2], 2),
+    "contiguous": (lambda m, y, z: z + y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).detach(), 8),
+    "swap_last": (lambda m, y, z: z + _channel(torch.ops.aten.t(m.w) @ m.v), 8),
+    "swap_rows": (lambda m, y, z: z + _channel((y[0, :, 0].t().contiguous() @ m.w).sum(0)), 8),
+    "squeeze": (lambda m, y, z: z + y.mean((2, 3), keepdim=True).squeeze(3).squeeze(2)[..., None, None], 8),
+    "unsqueeze": (lambda m, y, z: z * m.v.unsqueeze(1).unsqueeze(2) + y, 8),
+    "expand": (lambda m, y, z: torch.cat([y, z.mean(1, keepdim=True).expand(-1, 8, -1, -1)], 1), 16),
+    "expand_as": (lambda m, y, z: torch.cat([z.mean(1, keepdim=True).expand_as(y.flip(1)), z], 1), 16),
+    "stack": (lambda m, y, z: torch.stack([y, z], 1).prod(1), 8),
+    "unbind": (lambda m, y, z: z + y.unbind(1)[3][:, None], 8),
+    "diagonal": (lambda m, y, z: z + (y[:, :4].diagonal(0, 1, 2).sum((1, 2)))[:, None, None, None], 8),
+    "diag_embed": (lambda m, y, z: _image(_rows(z) @ torch.diag_embed(y.mean((2, 3)))), 8),
+    "triangle": (lambda m, y, z: _image(_rows(y) @ (m.w.tril() + m.w.triu(1) * 2)) + z, 8),
+    "unfold": (lambda m, y, z: z + y.unfold(1, 3, 2).sum((1, 4))[:, None], 8),
+    "fold": (lambda m, y, z: z + _folded(y), 8),
+    "topk": (lambda m, y, z: y.topk(4, 1).values, 4),
+    "flip": (lambda m, y, z: y.flip(1) + z, 8),
+    "roll": (lambda m, y, z: y.roll(3, 1) + z, 8),
+    "sliced": (lambda m, y, z: y[:, 1:6] * z[:, 2:7], 5),
+    "chunked": (lambda m, y, z: torch.cat(y.split([2, 6], 1)[::-1], 1), 8),
+    "padded": (lambda m, y, z: F.pad(y[:, :5], (0, 0, 0, 0, 2, 1)) + z, 8),
+    "strided": (lambda m, y, z: torch.cat([y[:, ::2], z], 1), 12),
+    "restride": (lambda m, y, z: z + F.adaptive_avg_pool2d(y.contiguous(memory_format=torch.channels_last), 1), 8),
+    # lookup
+    "bag": (lambda m, y, z: z + _channel(F.embedding_bag(PICKED.view(3, 1)[: y.shape[0]], m.w @ m.w, mode="sum")), 8),
+    "gathered": (lambda m, y, z: z + y.gather(1, PICKED.view(1, 3, 1, 1).expand_as(y[:, :3])).sum(1, keepdim=True), 8),
+    "places": (lambda m, y, z: z + (y > y.mean()).nonzero().sum(0)[1].double(), 8),
+    "index": (lambda m, y, z: z + y[:, PICKED].sum(1, keepdim=True), 8),
+    "index_put": (lambda m, y, z: _written(y, z), 8),
+    "index_add": (lambda m, y, z: y.index_add(1, PICKED, z[:, :3]), 8),
+    "index_add_rows": (lambda m, y, z: y.index_add(2, PICKED % 4, z[:, :, :3]), 8),
+    "index_fill": (lambda m, y, z: y.index_fill(1, PICKED, 3.0) + z, 8),
+    "slice_scatter": (lambda m, y, z: torch.slice_scatter(y, z[:, :3], 1, 2, 5), 8),
+    "packed": (lambda m, y, z: _packed(y) * z, 8),
+    "scatter": (lambda m, y, z: y.scatter_add(1, PICKED.view(1, 3, 1, 1).expand_as(z[:, :3]), z[:, :3]), 8),
+    "scatter_rows": (lambda m, y, z: _scattered(y, z[:, :, :3]), 8),
+    "index_select": (lambda m, y, z: y.index_select(1, PICKED).repeat(1, 2, 1, 1), 6),
+    "looked_up": (lambda m, y, z: z + F.embedding(PICKED, m.w @ m.w).sum(0)[:, None, None], 8),
+    # spatial
+    "reflected": (lambda m, y, z: F.pad(_rows(y), (1, 0), "reflect")[..., :8].mT.unflatten(2, (4, 4)) + z, 8),
+    "interpolated": (lambda m, y, z: F.interpolate(y.flatten(2), 32)[..., ::2].reshape(y.shape) + z, 8),
+    "pool_1d": (lambda m, y, z: F.avg_pool1d(y.flatten(2), 3, 1, 1).view_as(y) + z, 8),
+    "pool_1d_over_channels": (lambda m, y, z: _image(F.avg_pool1d(_rows(y), 3, 1, 1)) + z, 8),
+    "pool_2d": (lambda m, y, z: F.max_pool2d(y, 3, 1, 1) + z, 8),
+    "pool_2d_over_channels": (lambda m, y, z: F.avg_pool2d(y.flatten(2), 3, 1, 1).view(*z.shape) + z, 8),
+    "pool_3d": (lambda m, y, z: F.avg_pool3d(y[:, :, None], (1, 3, 3), 1, (0, 1, 1)).squeeze(2) + z, 8),
+    "pool_3d_over_channels": (lambda m, y, z: F.avg_pool3d(y[:, None], 3, 1, 1).squeeze(1) + z, 8),
+    "grid": (lambda m, y, z: F.grid_sample(y, y.new_ones(y.shape[0], 4, 4, 2) * 0.2, align_corners=False) + z, 8),
+    "im2col": (lambda m, y, z: F.unfold(y, 3, padding=1).view(y.shape[0], -1, 4, 4), 72),
+    "col2im": (lambda m, y, z: F.fold(torch.cat([y, z], 1).flatten(2)[..., :9], (4, 4), 2), 4),
+    "fourier": (lambda m, y, z: torch.fft.fft2(y).real + z, 8),
+    "fourier_over_channels": (lambda m, y, z: torch.fft.fft(y, dim=1).real + z, 8),
+    # regions
+    "suppressed": (lambda m, y, z: z * _suppressed(y), 8),
+    "regions": (lambda m, y, z: torchvision.ops.roi_align(y, BOXES[: y.shape[0]], (4, 4)) + z, 8),
+    "regions_by_place": (
+        lambda m, y, z: torchvision.ops.ps_roi_align(y, BOXES[: y.shape[0]], (2, 2)).repeat(1, 4, 2, 2) + z, 8,
+    ),
+    "deformable": (
+        lambda m, y, z: torchvision.ops.deform_conv2d(y, z.new_zeros(y.shape[0], 2, 4, 4), m.kernel, m.v) + z, 8,
+    ),
+    # factory
+    "constant": (lambda m, y, z: y + y.new_full((8, 1, 1), 2.0) * z, 8),
+    "sequence": (lambda m, y, z: y + torch.arange(8).view(8, 1, 1) * z, 8),
+    "eye": (lambda m, y, z: _image(_rows(z) @ torch.eye(8).double()) + y, 8),
+    "drawn": (lambda m, y, z: y + torch.hann_window(8).view(8, 1, 1) * z, 8),
+}  # fmt: skip
+
+
+def _run(m: nn.Module, step: Step, y: Tensor, z: Tensor) -> Tensor:
+    # Channels that no layer reads would stay whatever the rule says.
+    return m.out(step(m, y, z)) + m.also(y) + m.tail(z)
+
+
+class _RuleNet(Net):
+    def __init__(self, step: Step, width: int) -> None:
+        super().__init__(
+            lambda m, x: _run(m, step, m.b(m.a(x)), m.c(x)),
+            a=conv(3, 8),
+            b=conv(8, 8),
+            c=conv(3, 8),
+            out=conv(width, 2),
+            also=conv(8, 2),
+            tail=conv(8, 2),
+        )
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.v, self.u = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.normed = parametrizations.weight_norm(conv(8, 8))
+        self.bilinear, self.fixed = nn.Bilinear(8, 8, 8), conv(8, 8)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+
+def build(name: str, batch: int = 3) -> tuple[nn.Module, tuple[Tensor]]:
+    """A randomised net and its inputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = (torch.randn(batch, 3, 4, 4, dtype=torch.float64),)
+        return randomise(_RuleNet(*RULE_NETS[name]), x), x
