@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from chase_fx.errors import OtherPathError
 from chase_fx.graphs.capture import trace
 from chase_fx.graphs.channels import Outputs, analyze
 from chase_fx.graphs.select import Score
-from chase_fx.graphs.traced import TracedModule
+from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.graphs.whole import Function, named
 from chase_fx.passes.rewrite import rewrite
 from chase_fx.passes.verify import verify as verify_slim
 
@@ -29,6 +31,9 @@ def prune(
     verify: bool = True,
 ) -> TracedModule:
     """Capture, analyse, plan, rewrite and verify.
+
+    Where verifying shows that the data decides what a function of the model's code does, the function stays one call
+    (see ``whole`` of :func:`trace`).
 
     Args:
         model: any module; it is not changed.
@@ -53,9 +58,20 @@ def prune(
         >>> slim.get_submodule("0").weight.shape
         torch.Size([2, 4])
     """
-    traced = trace(model, args, kwargs)
-    plan = analyze(traced, outputs).plan(channel_sparsity, score, round_to)
-    slim = rewrite(traced, plan)
-    if verify:
-        verify_slim(traced, slim)
-    return slim
+    whole: list[Function] = []
+    while True:
+        traced = trace(model, args, kwargs, whole=whole)
+        slim = rewrite(traced, analyze(traced, outputs).plan(channel_sparsity, score, round_to))
+        if not verify:
+            return slim
+        try:
+            verify_slim(traced, slim)
+        except OtherPathError as e:
+            # The masked model goes another way than the dense one: the data decides, in a function that has to stay.
+            functions = map(named, capture_of(traced).deciders.get(e.where, ()))
+            found = next((f for f in functions if f is not None and f not in whole), None)
+            if found is None:
+                raise
+            whole.append(found)
+        else:
+            return slim

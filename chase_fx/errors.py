@@ -40,7 +40,14 @@ class DeviceMismatchError(CaptureError):
 
 
 class OtherPathError(ChaseError):
-    """A graph was called with sizes for which the model's Python code takes another path than the captured one."""
+    """A graph was called with sizes for which the model's Python code takes another path than the captured one.
+
+    ``where`` is the line that decides.
+    """
+
+    def __init__(self, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
 
 
 class GraphvizMissingError(ChaseError):

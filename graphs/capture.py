@@ -36,6 +36,7 @@ from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
 from chase_fx.graphs.trees import tensors_in
+from chase_fx.graphs.whole import Function
 
 __all__ = ["SpecializationWarning", "trace"]
 
@@ -47,7 +48,12 @@ class SpecializationWarning(UserWarning):
 
 
 def trace(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, leaves: Leaves | None = None
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Leaves | None = None,
+    whole: Sequence[Function] = (),
 ) -> TracedModule:
     """Capture ``model`` as it runs on example inputs.
 
@@ -58,6 +64,8 @@ def trace(
         leaves: classes of your own modules that stay whole in the graph, each with the size attributes that follow
             its tensors: ``{MyLinear: (("out_features", "weight", 0), ("in_features", "weight", 1))}``. Their
             ``forward`` must take its sizes from these attributes or from tensors.
+        whole: functions (of the top level of a Python module) that stay one call, for the data decides what they do:
+            ``[torchvision.ops.boxes.batched_nms]``. What goes in and comes out keeps its channels.
 
     Returns:
         A GraphModule over a copy of the model's parameters, with the model's module tree, ``state_dict`` keys,
@@ -82,7 +90,7 @@ def trace(
     keywords = dict(kwargs or {})
     bound = bind(model, arguments, keywords)
     device = check_devices(model, (arguments, keywords))
-    inputs = _Inputs(bound, arguments, keywords, device, dict(leaves or {}))
+    inputs = _Inputs(bound, arguments, keywords, device, dict(leaves or {}), tuple(whole))
     meta = device is not None and device.type == "meta"
     graph, capture, recorder = _record_eval(model, inputs, _Way(training=False, fake=meta))
     root = _copy(model) if meta else recorder.root
@@ -131,6 +139,7 @@ def trace(
         constants=frozenset(constants),
         train_error=train_error,
         leaves=inputs.leaves,
+        deciders=recorder.deciders,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 
@@ -162,7 +171,8 @@ def _followers(
         with in_precision(root, *precision, device) as moved:
             args, kwargs = moved(inputs.args), moved(inputs.kwargs)
             bound = inspect.BoundArguments(inputs.bound.signature, OrderedDict(moved(dict(inputs.bound.arguments))))
-            there = _Inputs(bound, args, kwargs, inputs.device if device is None else device, inputs.leaves)
+            home = inputs.device if device is None else device
+            there = replace(inputs, bound=bound, args=args, kwargs=kwargs, device=home)
             try:
                 with device or nullcontext():
                     found = _record(root, there, _Way(training=training))[0]
@@ -213,6 +223,7 @@ class _Inputs:
     kwargs: dict[str, Any]
     device: torch.device | None
     leaves: Leaves
+    whole: tuple[Function, ...]
 
 
 @dataclass(frozen=True)
@@ -295,7 +306,7 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     root = _copy(model, fake)
     root.train(way.training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
-    recorder = Recorder(root, device, inputs.leaves, values=way.values)
+    recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
     trainable = [p for p in root.parameters() if p.requires_grad]
     rng = torch.get_rng_state()

@@ -12,7 +12,7 @@ __all__ = ["has_effect", "remove_dead_nodes"]
 
 def has_effect(node: Node, root: nn.Module) -> bool:
     """Whether running ``node`` matters even if its value is not used (writes in place, updates statistics, guards)."""
-    if node.op in ("placeholder", "output") or node.meta.get("in_place"):
+    if node.op in ("placeholder", "output") or node.meta.get("in_place") or node.meta.get("whole"):
         return True
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))

@@ -45,7 +45,8 @@ def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> No
     raise OtherPathError(
         f"the model decides by a size at {where}: {left} {comparison} {right} was {holds} when the graph was captured "
         f"and is {not holds} now, so the model would run other code than the graph has; trace again with inputs of "
-        "these sizes"
+        "these sizes, or if the data decides them, name the function in whole=",
+        where,
     )
 
 

@@ -7,7 +7,10 @@ Operators of torch don't pickle, but they have names.
 
 from __future__ import annotations
 
+import importlib
 import operator
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -39,6 +42,14 @@ class _Named:
 class _Operator:
     """An operator of ``torch.ops``: ``aten::add.Tensor`` for one overload, ``aten::add`` for all of them."""
 
+    name: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function that was made inside another one and lies in a module under its own name, such as ``F.max_pool2d``."""
+
+    module: str
     name: str
 
 
@@ -90,6 +101,10 @@ def to_plain(value: Any, index: Mapping[Node, _Ref] = MappingProxyType({})) -> A
             return _Operator(f"{found._schema.name}.{found._overloadname}")
         if isinstance(found, torch._ops.OpOverloadPacket):
             return _Operator(found._qualified_op_name)
+        if isinstance(found, types.FunctionType) and "<locals>" in found.__qualname__:
+            module, name = found.__module__, found.__name__
+            if module in sys.modules and vars(sys.modules[module]).get(name) is found:
+                return _Function(module, name)
         applied = getattr(found, "applies", None) if callable(found) else None
         return found if applied is None else _Applied(applied)
 
@@ -111,6 +126,8 @@ def from_plain(value: Any, nodes: Sequence[Node] = ()) -> Any:
         if isinstance(found, _Operator):
             namespace, _, path = found.name.partition("::")
             return operator.attrgetter(path)(getattr(torch.ops, namespace))
+        if isinstance(found, _Function):
+            return getattr(importlib.import_module(found.module), found.name)
         return caller_of(found.cls) if isinstance(found, _Applied) else found
 
     return _map(value, leaf)

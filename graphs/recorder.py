@@ -37,6 +37,7 @@ from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
+from chase_fx.graphs.whole import Function, FunctionName, bindings, enclosing
 
 __all__ = ["Recorder"]
 
@@ -87,10 +88,20 @@ Patch = tuple[Any, str, Any]  # owner, attribute, what it is while recording
 class Recorder(TorchFunctionMode):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None, leaves: Leaves, *, values: bool) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        device: torch.device | None,
+        leaves: Leaves,
+        whole: tuple[Function, ...] = (),
+        *,
+        values: bool,
+    ) -> None:
         super().__init__()
         self.root = root
         self.leaves = leaves
+        self.whole = whole
+        self.deciders: dict[str, tuple[FunctionName, ...]] = {}
         self.graph = Graph()
         self.tape = Tape()
         self.arguments = Arguments(root, self.graph, self.tape, device)
@@ -127,6 +138,7 @@ class Recorder(TorchFunctionMode):
             attributes[name] = Watchful(value)
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
+        patches += self._whole_patches()
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
@@ -183,6 +195,18 @@ class Recorder(TorchFunctionMode):
 
         return [(torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
 
+    def _whole_patches(self) -> list[Patch]:
+        recorder = self
+
+        def called(function: Function) -> Function:
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return recorder._call_whole(function, args, kwargs)
+
+            return call
+
+        return [(m, name, called(f)) for f in self.whole for m, name in bindings(f, self.code.functions)]
+
     def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
         return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
@@ -203,7 +227,9 @@ class Recorder(TorchFunctionMode):
         key = (a, comparison, b, type(b))
         if key not in self._guards:
             self._guards.add(key)
-            self.arguments.call(check, (a, comparison, b, holds, source_line()), plain=True)
+            line = source_line()
+            self.deciders.setdefault(line, enclosing())
+            self.arguments.call(check, (a, comparison, b, holds, line), plain=True)
 
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""
@@ -392,6 +418,23 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
+    def _call_whole(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function of tensors that finds its way itself; one that gives numbers is recorded as any other."""
+        if not self._active:
+            return function(*args, **kwargs)
+        start, rng = len(self.tape.ops), torch.get_rng_state()
+        with self._paused(), torch._C.DisableTorchFunction():
+            out = function(*args, **kwargs)
+        if not _only_tensors(out):
+            del self.tape.ops[start:]
+            torch.set_rng_state(rng)
+            return function(*args, **kwargs)
+        node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node.meta["whole"] = True
+        for op in self.tape.ops[start:]:
+            op.whole = True
+        return self._finish(node, out, args, kwargs, start, in_place=False)
+
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the body of a Python function of torch under the recorder, instead of taking it as one call."""
         module: Any = sys.modules[func.__module__]
@@ -516,6 +559,12 @@ def _transformed() -> bool:
     What it computes is written down when it comes out, by the calls that the tape has (see :mod:`.hidden`).
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _only_tensors(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_only_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _is_in_place(name: str) -> bool:

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["line_of_error", "source_line"]
+__all__ = ["is_model_code", "line_of_error", "source_line"]
 
 _HERE = Path(__file__).parent
 _TORCH_DIR = f"{Path(torch.__file__).parent}{os.sep}"
 _OWN_DIRS = tuple(f"{(_HERE / os.pardir / d).resolve()}{os.sep}" for d in ("graphs", "passes"))
 _SKIPPED_DIRS = (_TORCH_DIR, *_OWN_DIRS, f"{_HERE}{os.sep}")
+
+
+def is_model_code(filename: str) -> bool:
+    """Whether a file is neither torch's nor ours."""
+    return not filename.startswith(_SKIPPED_DIRS)
 
 
 def source_line() -> str:

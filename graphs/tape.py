@@ -52,6 +52,7 @@ class TapedOp:
     source: str = ""
     call: str = ""  # the torch-level function or module of the node
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
+    whole: bool = False  # inside a function that stays one call
     sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
 
     def __getstate__(self) -> dict[str, Any]:

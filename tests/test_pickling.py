@@ -27,7 +27,8 @@ class _Double(torch.autograd.Function):
 
 
 class Everything(nn.Module):
-    """A train-only head, a dropout by the module's mode, memory formats, operators of torch.ops, a custom function."""
+    """A train-only head, a dropout by the module's mode, memory formats, operators of torch.ops, a custom
+    function, a function of torch that is made inside another one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class Everything(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         x = torch.ops.aten.relu(self.a(x.contiguous(memory_format=torch.channels_last)))
-        x = F.dropout(self.b(_Double.apply(x)), 0.5, self.training)
+        x = F.max_pool2d(F.dropout(self.b(_Double.apply(x)), 0.5, self.training), 1)
         x = torch.ops.aten.mean.dim(x, [2, 3])
         out = self.head(x[:, : x.shape[1]])
         return (out, self.extra(x)) if self.training else out
