@@ -42,12 +42,17 @@ class DeviceMismatchError(CaptureError):
 class OtherPathError(ChaseError):
     """A graph was called with sizes for which the model's Python code takes another path than the captured one.
 
-    ``where`` is the line that decides.
+    Its arguments are the message and the line that decides (an exception with an ``__init__`` does not compile).
     """
 
-    def __init__(self, message: str, where: str = "") -> None:
-        super().__init__(message)
-        self.where = where
+    @property
+    def where(self) -> str:
+        """The line that decides."""
+        return str(self.args[1]) if len(self.args) > 1 else ""
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0]) if self.args else ""
 
 
 class GraphvizMissingError(ChaseError):
