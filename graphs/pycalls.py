@@ -132,6 +132,8 @@ _LIVE: dict[int, Any] = {
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
 }
 _PREFIX = "_chase_live_"
+_MODULES = {_PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType)}
+_floats: dict[str, Watchful] = {}  # global variables of modules
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
 
 
@@ -141,27 +143,31 @@ def live_calls(code: Code) -> Iterator[None]:
 
     Caches that live in closures, where nobody else can replace them, run uncached for live numbers.
     """
-    changed: list[tuple[types.FunctionType, types.CodeType]] = []
-    cached = [(cell, cell.cell_contents) for cell in code.caches]
-    names = {_PREFIX + str(key): live for key, live in _LIVE.items()}
-    vars(builtins).update(names)
+    undo: list[tuple[Any, str, Any]] = []
+
+    def change(owner: Any, name: str, value: Any) -> None:
+        undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    names: dict[str, Any] = {}
     try:
-        for cell, function in cached:
-            cell.cell_contents = Uncached(function)
+        for cell in code.caches:
+            change(cell, "cell_contents", Uncached(cell.cell_contents))
         for function in code.functions:
             original = function.__code__
             known = _redirected.get(function)
             if known is None or known[0] is not original:
                 known = _redirected[function] = original, _redirect(original, function.__globals__)
             if known[1] is not original:
-                changed.append((function, original))
-                function.__code__ = known[1]
+                change(function, "__code__", known[1])
+            if function.__defaults__ and any(type(value) is float for value in function.__defaults__):
+                change(function, "__defaults__", tuple(_constant(value, {}) for value in function.__defaults__))
+        names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
+        vars(builtins).update(names)
         yield
     finally:
-        for function, original in changed:
-            function.__code__ = original
-        for cell, function in cached:
-            cell.cell_contents = function
+        for owner, name, value in reversed(undo):
+            setattr(owner, name, value)
         for name in names:
             del vars(builtins)[name]
 
@@ -183,7 +189,7 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
             continue
         called = argument & 1
         new = live[argument >> 1]
-        if not called and not isinstance(_LIVE.get(int(new.removeprefix(_PREFIX))), types.ModuleType):
+        if not called and new not in _floats and new not in _MODULES:
             continue
         index = names.index(new) if new in names else len(names)
         if index >= (1 << 15 if argument > 255 else 1 << 7):  # no room for a longer argument: guards have to do
@@ -199,6 +205,8 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
 def _constant(value: Any, scope: Mapping[str, Any]) -> Any:
     if isinstance(value, types.CodeType):
         return _redirect(value, scope)
+    if type(value) is frozenset:  # ``n in {1, 2}``: a tuple asks the number itself, whatever it is
+        return tuple(value)
     return Watchful(value) if type(value) is float else value
 
 
@@ -206,4 +214,8 @@ def _live_name(scope: Mapping[str, Any], name: str) -> str | None:
     found = scope.get(name)
     if found is None:
         found = vars(builtins).get(name)
+    if type(found) is float:
+        name = f"{_PREFIX}float_{found!r}"
+        _floats[name] = Watchful(found)
+        return name
     return _PREFIX + str(id(found)) if id(found) in _LIVE else None

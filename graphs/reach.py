@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Code", "reachable_code"]
+__all__ = ["Code", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
@@ -78,7 +78,7 @@ def _held(item: Any, seen: set[int]) -> Iterator[Any]:
         for part in item if len(item) <= _REGISTRY else ():
             if _may_hold(part):
                 yield from _held(part, seen)
-    elif _own(type(item).__module__) and id(item) not in seen:
+    elif is_own(type(item).__module__) and id(item) not in seen:
         seen.add(id(item))
         yield from _starts(item, seen)
 
@@ -118,7 +118,7 @@ class _Reach:
             self._items(value)
         elif (target := _target(value)) is not None:
             self.visit(target)
-        elif _own(type(value).__module__) and not isinstance(value, (nn.Module, types.ModuleType)):
+        elif is_own(type(value).__module__) and not isinstance(value, (nn.Module, types.ModuleType)):
             self._seen.add(id(value))
             for start in _starts(value, self._seen):
                 self.visit(start)
@@ -137,7 +137,7 @@ class _Reach:
             if id(cls) in self._seen or cls is nn.Module:
                 continue
             self._seen.add(id(cls))
-            if not _own(cls.__module__) and not cls.__module__.startswith("torch.nn.modules."):
+            if not is_own(cls.__module__) and not cls.__module__.startswith("torch.nn.modules."):
                 continue
             for name, member in vars(cls).items():
                 if isinstance(member, _PRIMITIVE):
@@ -151,7 +151,7 @@ class _Reach:
         self._seen.add(id(function))
         module = function.__module__ or ""
         layer = module.startswith("torch.nn.modules.")  # its code may be inlined, what it calls is torch's
-        if not layer and not _own(module):
+        if not layer and not is_own(module):
             return
         self.functions[id(function)] = function
         scope: Mapping[str, Any] = {} if layer else function.__globals__
@@ -160,7 +160,7 @@ class _Reach:
                 self._name(name)
                 found = scope.get(name)
                 if isinstance(found, types.ModuleType):
-                    if _own(found.__name__):
+                    if is_own(found.__name__):
                         for attribute in code.co_names:
                             self.visit(vars(found).get(attribute))
                 elif found is not None:
@@ -181,7 +181,8 @@ class _Reach:
                 self.visit(member)
 
 
-def _own(module: str | None) -> bool:
+def is_own(module: str | None) -> bool:
+    """Whether a module belongs to models, not to torch, NumPy or the standard library."""
     return bool(module) and str(module).partition(".")[0] not in _FOREIGN
 
 

@@ -32,7 +32,7 @@ from chase_fx.graphs.live import LiveFloat, LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.provenance import view_sizes
 from chase_fx.graphs.pycalls import live_calls
-from chase_fx.graphs.reach import reachable_code
+from chase_fx.graphs.reach import is_own, reachable_code
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
@@ -133,7 +133,13 @@ class Recorder(TorchFunctionMode):
         hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
-        floats = [(m.__dict__, name, v) for m in hidden for name, v in m.__dict__.items() if type(v) is float]
+        floats = [
+            (values, name, v)
+            for m in hidden
+            for values in _attributes(m)
+            for name, v in values.items()
+            if type(v) is float
+        ]
         for attributes, name, value in floats:
             attributes[name] = Watchful(value)
         patches = [*self._module_patches(training), *self._function_patches()]
@@ -565,6 +571,15 @@ def _only_tensors(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_only_tensors, value))
     return isinstance(value, torch.Tensor)
+
+
+def _attributes(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The attributes of a module, and of the plain objects that it holds, such as its configuration."""
+    yield module.__dict__
+    for value in module.__dict__.values():
+        kind = type(value)
+        if kind.__module__ != "builtins" and type(getattr(value, "__dict__", None)) is dict and is_own(kind.__module__):
+            yield value.__dict__
 
 
 def _is_in_place(name: str) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil, gcd
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def half(n: int) -> int:
 cached_half = functools.lru_cache(half)
 
 
+RATIO = 0.5
+
+
+@dataclass
+class Options:
+    share: float
+
+
+def scaled(n: int, ratio: float = 0.75) -> float:
+    return ratio * n + RATIO * n
+
+
 def remember(function: Callable[[int], int]) -> Callable[[int], int]:
     kept = functools.lru_cache(function)
     return lambda n: kept(n) + 1
@@ -77,6 +90,7 @@ FREE: dict[str, Callable[[int], Any]] = {
     "numpy": lambda n: np.prod([n, 2]) + np.sqrt(n) + np.ceil(n / 4),
     "map": lambda n: sum(map(int, [n, n / 2])),
     "a float on the left": lambda n: 0.5 * n + 1.0 / n + 2.0**n,
+    "a float by default": scaled,
     "cached": lambda n: cached_half(n) + 1,
     "cached in a closure": remembered_half,
     "nested": nested,
@@ -110,19 +124,21 @@ def test_a_float_attribute_times_a_size_stays_free() -> None:
     """``self.ratio * n`` with a plain float on the left follows the size."""
 
     class Net(Between):
-        ratio: float
-
         def __init__(self) -> None:
             super().__init__(torch.relu)
             self.ratio = 0.5
+            self.options = Options(0.25)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x) + torch.ones(int(self.ratio * x.shape[1]), 8).sum(0))
+            n = self.ratio * x.shape[1] + self.options.share * x.shape[1]
+            return self.b(self.a(x) + torch.ones(int(n), 8).sum(0))
 
     model = Net()
     traced = chase_fx.trace(model, torch.randn(2, 12, 4))
     x = torch.randn(2, 7, 4)
     assert torch.equal(traced(x), model(x))
+    assert type(model.ratio) is float
+    assert type(model.options.share) is float
 
 
 def test_len_stays_free() -> None:
@@ -137,6 +153,7 @@ FIXED: dict[str, Callable[[int], Any]] = {
     "equality": lambda n: 3 if n == 12 else 2,
     "truth": lambda n: n % 7 or 9,
     "membership": lambda n: 3 if n in (4, 12) else 2,
+    "membership in a set": lambda n: 3 if n in {7, 9} else 2,
     "loop": lambda n: sum(1 for _ in range(n)),
     "repeated list": lambda n: len([0] * n),
     "numpy array": lambda n: np.asarray([n, 1]).sum(),
