@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,20 +52,22 @@ class Arguments:
         self.tape = tape
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
+        parameters = dict(root.named_parameters(remove_duplicate=False))
         self.buffers = dict(root.named_buffers(remove_duplicate=False))  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self.no_grad = False
         self._detached: dict[Node, Node] = {}
-        self._trainable = {name for name, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self._trainable = {name for name, p in parameters.items() if p.requires_grad}
+        self._training = _owners(self._trainable)
         self._nodes: dict[int, Node] = {}
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
         self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
         self._inputs: dict[Node, int] = {}
-        for kind, items in (("parameter", root.named_parameters), ("buffer", root.named_buffers)):
-            for name, tensor in items(remove_duplicate=False):
+        for kind, items in (("parameter", parameters), ("buffer", self.buffers)):
+            for name, tensor in items.items():
                 if id(tensor) not in self._state:
                     self._state[id(tensor)] = name
                     tape.add(tensor, kind, name)
@@ -233,7 +235,7 @@ class Arguments:
 
     def trains(self, module: str) -> bool:
         """Whether a parameter of the module asks for a gradient."""
-        return any(name.startswith(f"{module}.") for name in self._trainable)
+        return module in self._training
 
     def requires_grad(self, tensor: torch.Tensor) -> bool:
         """What ``tensor.requires_grad`` is outside of the capture, which runs without gradients."""
@@ -338,6 +340,17 @@ def _needs_grad(node: Node, trainable: set[str]) -> bool:
             found = node.meta.get("grad") is not False and any(_needs_grad(n, trainable) for n in node.all_input_nodes)
         node.meta["trained"] = found
     return bool(node.meta["trained"])
+
+
+def _owners(names: Iterable[str]) -> set[str]:
+    """Every module that one of the named tensors lies in."""
+    found: set[str] = set()
+    for name in names:
+        owner = name.rpartition(".")[0]
+        while owner and owner not in found:
+            found.add(owner)
+            owner = owner.rpartition(".")[0]
+    return found
 
 
 def _may_need_grad(node: Node) -> bool:

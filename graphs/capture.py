@@ -250,17 +250,12 @@ class _Way:
 def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
     state = () if fake is None else (*model.parameters(), *model.buffers())
     try:
-        root = cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
+        return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
             "model is not changed"
         ) from e
-    own = dict(root.named_modules(remove_duplicate=False))
-    for name, module in model.named_modules():  # a class may copy in a way that gives train mode (torch.fx)
-        if name in own:
-            own[name].training = module.training
-    return root
 
 
 def _record_eval(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:

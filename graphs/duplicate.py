@@ -43,8 +43,11 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         for key, item in value.items():
             new[duplicate(key, memo)] = duplicate(item, memo)
         return new
-    if cls is tuple and all(type(item) in _ATOMIC for item in value):
-        return value
+    if (cls is tuple or cls is set) and all(type(item) in _ATOMIC for item in value):
+        if cls is tuple:
+            return value
+        new = memo[id(value)] = set(value)
+        return new
     if cls is nn.Parameter or cls is torch.Tensor:
         new = memo[id(value)] = copied(value, memo)
         return new
@@ -53,9 +56,23 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         if type(state) is dict:
             memo.setdefault(id(memo), []).append(state)  # as deepcopy does: what is in the memo has to stay alive
             new = memo[id(value)] = object.__new__(cls)
-            new.__setstate__({name: duplicate(item, memo) for name, item in state.items()})
+            new.__setstate__(_items(state, memo))
             return new
     return copy.deepcopy(value, memo)
+
+
+def _items(state: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """The attributes of a module. Most are flags and empty tables of hooks, which are not worth a call."""
+    new = {}
+    for name, item in state.items():
+        cls = type(item)
+        if cls in _ATOMIC:
+            new[name] = item
+        elif cls in _DICTS and not item and id(item) not in memo:
+            new[name] = memo[id(item)] = cls()
+        else:
+            new[name] = duplicate(item, memo)
+    return new
 
 
 def _is_plain(cls: Any) -> bool:

@@ -23,6 +23,11 @@ class Magnitude:
 
     def __init__(self, channels: ChannelGraph) -> None:
         self._channels = channels
+        module = channels.module
+        self._tensors: dict[str, torch.Tensor] = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
         self._energies: dict[tuple[str, int], Energies | None] = {}
 
     def __call__(self, group: Group) -> torch.Tensor:
@@ -32,8 +37,8 @@ class Magnitude:
             energy = self._energy(name, dim)
             if energy is None:
                 continue
-            per_unit = energy[positions].mean(1)
-            mean = per_unit.mean()
+            per_unit = energy[positions[:, 0]] if positions.shape[1] == 1 else energy[positions].mean(1)
+            mean = per_unit.sum() / group.size
             if mean > 0:
                 total += per_unit / mean
         return torch.from_numpy(np.sqrt(total))
@@ -42,8 +47,7 @@ class Magnitude:
         """Sum of squares per index along ``dim``; computed once, for several groups may share the axis."""
         key = (name, dim)
         if key not in self._energies:
-            owner, _, leaf = name.rpartition(".")
-            tensor: torch.Tensor = getattr(self._channels.module.get_submodule(owner), leaf).detach()
+            tensor = self._tensors[name].detach()
             usable = tensor.is_floating_point() and not tensor.is_meta
             self._energies[key] = _sum_of_squares(tensor, dim).to("cpu", torch.float64).numpy() if usable else None
         return self._energies[key]

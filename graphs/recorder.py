@@ -270,7 +270,7 @@ class Recorder(TorchFunctionMode):
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
             out, start = self._run_leaf(module, original, args, kwargs)
-            return self._record_leaf(name, args, kwargs, out, start)
+            return self._record_leaf(name, module, (args, kwargs), out, start)
         if may_be_leaf(module) and len(args) >= 1 and isinstance(args[0], torch.Tensor):
             self._leaf_reads_training = False
             rng = torch.get_rng_state()
@@ -279,7 +279,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 same_shape = isinstance(out, torch.Tensor) and out.shape == args[0].shape
             if self._leaf_reads_training and same_shape:
-                return self._record_leaf(name, args, kwargs, out, start)
+                return self._record_leaf(name, module, (args, kwargs), out, start)
             del self.tape.ops[mark:]
             torch.set_rng_state(rng)
         return original(module, *args, **kwargs)
@@ -291,10 +291,12 @@ class Recorder(TorchFunctionMode):
         with self._paused(), torch._C.DisableTorchFunction():
             return original(module, *args, **kwargs), start
 
-    def _record_leaf(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, start: int) -> Any:
-        fx_args, fx_kwargs = self.arguments.to_fx(args), self.arguments.to_fx(kwargs)
-        node = self.graph.call_module(name, fx_args, fx_kwargs)
-        if next(self.root.get_submodule(name).parameters(), None) is not None:
+    def _record_leaf(
+        self, name: str, module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], out: Any, start: int
+    ) -> Any:
+        args, kwargs = given
+        node = self.graph.call_module(name, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        if next(module.parameters(), None) is not None:
             node.meta["grad"] = True
             node.meta["trained"] = self.arguments.trains(name) or None
         return self._finish(node, out, args, kwargs, start, in_place=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
-from chase_fx.graphs.tape import Slot, slots_in
+from chase_fx.graphs.tape import Slot, TapedOp, slots_in
 
 __all__ = ["StandIns", "ValuesNeeded"]
 
@@ -69,16 +69,15 @@ class StandIns:
         self.gave_up = True
         raise ValuesNeeded
 
-    def run(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], taped: tuple[tuple[Any, ...], dict[str, Any]]
-    ) -> tuple[Any, Dependence]:
-        """The result of one ATen call, or its stand-in. ``taped`` are its arguments as slots."""
-        inputs = [slot.storage for slot in slots_in(taped)]
+    def run(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Dependence]:
+        """The result of one ATen call, or its stand-in; ``args`` and ``kwargs`` are the arguments themselves."""
+        func = op.op
+        inputs = [slot.storage for slot in op.inputs()]
         if self._given.isdisjoint(inputs):
             return func(*args, **kwargs), ()
         marked = not self._marked.isdisjoint(inputs)
         if marked:
-            self._check(func, *taped)
+            self._check(func, op.args, op.kwargs)
         contraction = _CONTRACTIONS.get(func)
         out = contraction(*args, **kwargs) if contraction is not None else None
         if out is not None:

@@ -54,6 +54,7 @@ class TapedOp:
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
     whole: bool = False  # inside a function that stays one call
     sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
+    read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
 
     def __getstate__(self) -> dict[str, Any]:
         """An operator does not pickle, its name does."""
@@ -71,8 +72,9 @@ class TapedOp:
 
     def inputs(self) -> Iterator[Slot]:
         """Every tensor argument in order."""
-        yield from slots_in(self.args)
-        yield from slots_in(self.kwargs)
+        if self.read is None:
+            self.read = tuple(slots_in((self.args, self.kwargs)))
+        return iter(self.read)
 
 
 def slots_in(value: Any) -> Iterator[Slot]:
@@ -165,12 +167,13 @@ class TapeMode(TorchDispatchMode):
         tape = self.tape
         taped_args = _replace(args, tape.slot_of)
         taped_kwargs = _replace(kwargs, tape.slot_of) if kwargs else {}
+        op = TapedOp(func, taped_args, taped_kwargs, ())
         dependence: tuple[set[int], ...] = ()
         try:
             if self.standins is None:
                 out = func(*args, **kwargs)
             else:
-                out, dependence = self.standins.run(func, args, kwargs, (taped_args, taped_kwargs))
+                out, dependence = self.standins.run(op, args, kwargs)
         except ZeroDivisionError:
             # torch's fake batch norm divides by n - 1 for the running variance, also where n is 1.
             if func is not torch.ops.aten.native_batch_norm.default:
@@ -178,12 +181,12 @@ class TapeMode(TorchDispatchMode):
             x = args[0]
             out = (torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
         if func._schema.name.rpartition("::")[2] in _RESHAPING and isinstance(out, torch.Tensor):
-            outs: tuple[Slot, ...] = (tape.add(out),)
+            op.outs = (tape.add(out),)
         else:
-            outs = tuple(_slots_of_output(out, tape))
+            op.outs = tuple(_slots_of_output(out, tape))
         if self.standins is not None:
-            self.standins.follow(outs, dependence)
-        tape.ops.append(TapedOp(func, taped_args, taped_kwargs, outs))
+            self.standins.follow(op.outs, dependence)
+        tape.ops.append(op)
         return out
 
 
