@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Record", "page"]
+__all__ = ["Record", "complaints", "judged_by_oracle", "page"]
 
 Record = dict[str, Any]
 
@@ -28,6 +28,24 @@ def judged_by_oracle(record: Record) -> str:
     return "exact" if all(isinstance(f, float) for f in found) else "unjudged"
 
 
+def complaints(record: Record) -> list[str]:
+    """What is wrong with a model that is neither exact in every respect nor refused; nothing for any other."""
+    if record["state"] == "refused":
+        return []
+    if record["state"] != "exact":
+        return [f"{record['state']}: {record.get('reason', '')}"]
+    found = []
+    if judged_by_oracle(record) == "differs":
+        found.append(f"the oracle differs: {record.get('oracle 0.5')}; {record.get('oracle 0.9')}")
+    if record.get("batch") not in ("ok", "fixed", None):
+        found.append(f"another batch size: {record['batch']}")
+    if record.get("train") not in ("ok", None) and not record["train"].startswith("the model itself: "):
+        found.append(f"train mode: {record['train']}")
+    if not record.get("untouched", True):
+        found.append("the model given was changed")
+    return found
+
+
 def forwards(record: Record) -> float:
     """Time of trace, analyze, plan and rewrite in forwards of the model."""
     return (record["trace"] + record["analyze"] + record["rewrite"]) / max(record["forward"], 1e-9)
@@ -42,6 +60,11 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _overall(key: str, otherwise: float, records: Iterable[Record]) -> float:
+    """Median of a figure over all models; one that is not exact has the worst of it."""
+    return _median(r[key] if r["state"] == "exact" else otherwise for r in records)
+
+
 SUMMARY = """# Coverage
 
 Written by `make matrix` (`python -m tests.matrix`); do not edit. Each model is captured, pruned to 50 % and to 90 % of
@@ -54,13 +77,18 @@ difference) and with an oracle that knows no labels (`tests/kept_means.py`).
   too that only keep their size because an output of the model has it, or that the forward never uses.
 - **time**: trace, analyze, plan and rewrite, in forwards of the same model and inputs (tiny models: mostly overhead).
 
-Medians are over the exact models."""
+- **rules**: how many operator rules the model used; the records have their names.
+
+Medians of what is left and of what can shrink are over all models of a corpus; one that is not exact counts as wholly
+left. The other medians are over the exact models."""
 
 HEAD = (
     "corpus", "models", "exact", "refused", "mismatch", "crashed", "oracle: exact / differs / unjudged", "left at 50 %",
-    "left at 90 %", "can shrink", "but for outputs", "time",
+    "left at 90 %", "can shrink", "but for outputs", "time", "rules",
 )  # fmt: skip
-MODEL = ("model", "parameters", "left at 50 %", "left at 90 %", "can shrink", "but for outputs", "time", "oracle")
+MODEL = (
+    "model", "parameters", "left at 50 %", "left at 90 %", "can shrink", "but for outputs", "time", "rules", "oracle",
+)  # fmt: skip
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -111,11 +139,12 @@ def _summary(title: str, records: Sequence[Record]) -> tuple[object, ...]:
         *(states[s] for s in ("exact", "refused", "mismatch")),
         broken,
         f"{oracle['exact']} / {oracle['differs']} / {oracle['unjudged']}",
-        f"{_median(r['left 0.5'] for r in exact):.2f}",
-        f"{_median(r['left 0.9'] for r in exact):.3f}",
-        f"{_median(r['prunable'] for r in exact):.3f}",
-        f"{_median(r['free'] for r in exact):.3f}",
+        f"{_overall('left 0.5', 1.0, records):.2f}",
+        f"{_overall('left 0.9', 1.0, records):.3f}",
+        f"{_overall('prunable', 0.0, records):.3f}",
+        f"{_overall('free', 0.0, records):.3f}",
         f"{_median(map(forwards, exact)):.0f}",
+        f"{_median(len(r.get('rules', ())) for r in exact):.0f}",
     )
 
 
@@ -128,6 +157,7 @@ def _model(r: Record) -> tuple[object, ...]:
         f"{r['prunable']:.3f}",
         f"{r['free']:.3f}",
         f"{forwards(r):.0f}",
+        len(r.get("rules", ())),
         judged_by_oracle(r),
     )
 
@@ -161,3 +191,7 @@ def _remarks(lines: list[str], exact: Sequence[Record]) -> None:
     if unknown:
         lines += ["", "## Operators that froze channels"]
         lines += _table(("operator", "models"), [(f"`{op}`", number) for op, number in unknown.most_common()])
+    rules = Counter(rule for r in exact for rule in r.get("rules", ()))
+    if rules:
+        lines += ["", "## Rules used"]
+        lines += _table(("rule", "models"), [(f"`{rule}`", number) for rule, number in rules.most_common()])

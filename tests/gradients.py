@@ -46,7 +46,7 @@ def learned(root: nn.Module, result: Any, inputs: tuple[Any, ...]) -> Learned:
     for name, gradient in zip([*named, *(f"input {i}" for i in range(len(given)))], gradients, strict=True):
         if gradient is not None:
             found[name if name.startswith("input ") else f"gradient {name}"] = gradient
-    floats = {n: b for n, b in root.named_buffers() if b.is_floating_point()}
+    floats = {n: b for n, b in root.named_buffers() if b.is_floating_point() and "_chase_constant" not in n}
     return {**found, **{f"buffer {n}": b.detach().clone() for n, b in floats.items()}}
 
 

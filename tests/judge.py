@@ -22,6 +22,7 @@ import chase_fx
 from chase_fx.errors import ChaseError, VerificationError
 from chase_fx.graphs.traced import capture_of
 from tests import kept_means, oracle
+from tests.rule_names import rules_used
 from tests.zoo import Case, build
 
 __all__ = ["EXACT", "SPARSITIES", "judge"]
@@ -170,6 +171,7 @@ def _judge(case: Case, record: Record) -> None:
         record["forward"] = min(_timed(lambda: _run(model, args, kwargs))[1] for _ in range(2))
     traced, record["trace"] = _timed(lambda: chase_fx.trace(model, args, kwargs))
     channels, record["analyze"] = _timed(lambda: chase_fx.analyze(traced))
+    record["rules"] = rules_used(traced)
     record["unknown"] = sorted({f"{u.op}: {u.reason[:160]} ({u.source})" for u in channels.unknown})
     live = {m.tensor for group in channels.groups for m in group.members}
     record["prunable"] = sum(p.numel() for n, p in model.named_parameters() if n in live) / max(total, 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
 
-from tests.coverage_page import Record, page
+from tests.coverage_page import Record, complaints, page
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".matrix" / "records.jsonl"
@@ -190,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = {name: record for name, record in records.items() if name in known}
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page(judged, len(known - set(judged))))
-    wrong = [name for name in wanted if judged.get(name, {}).get("state") not in ("exact", "refused")]
+    wrong = [name for name in wanted if name not in judged or complaints(judged[name])]
+    for name in wrong:
+        sys.stdout.write(f"{name}: {'; '.join(complaints(judged[name]))[:200] if name in judged else 'not judged'}\n")
     exact = sum(record["state"] == "exact" for record in judged.values())
     sys.stdout.write(f"{len(judged)} models, {exact} exact; see {options.page}\n")
     return 1 if wrong else 0

@@ -19,6 +19,7 @@ from chase_fx import DEFAULT_RULES
 from chase_fx.graphs.rules import _TABLE, Rule, Rules
 from tests import nets, rule_nets
 from tests.mutants import MUTATORS
+from tests.rule_names import label, rules_used
 
 aten = torch.ops.aten
 
@@ -44,12 +45,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("factory.constant", "unrelated result"): "the rule ties nothing: the same value stands everywhere",
     ("factory.sequence", "unrelated result"): _FREE,
 }
-
-
-def label(rule: Rule) -> str:
-    """``family.rule``, or ``family.rule(k)`` for one that a function makes."""
-    name = f"{rule.__module__.rpartition('.')[2]}.{rule.__qualname__.partition('.<')[0]}"
-    return f"{name}({rule.__closure__[0].cell_contents})" if rule.__closure__ else name
 
 
 def rules_of(name: str) -> list[Rule]:
@@ -87,8 +82,7 @@ def nets_of() -> dict[str, list[str]]:
     """The nets that call an operator of each rule."""
     found: dict[str, list[str]] = {name: [] for name in RULES}
     for net in BUILDERS:
-        ops = {op.op for capture in traced(net)[0].info.captures for op in capture.tape.ops}
-        for name in {label(rule) for op in ops if (rule := DEFAULT_RULES.find(op)) is not None}:
+        for name in rules_used(traced(net)[0]):
             found[name].append(net)
     return found
 
