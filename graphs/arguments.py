@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
@@ -90,8 +91,17 @@ class Arguments:
         if isinstance(value, dict):
             return {k: self.to_fx(v) for k, v in value.items()}
         if isinstance(value, slice):
-            return slice(self.to_fx(value.start), self.to_fx(value.stop), self.to_fx(value.step))
+            return slice(self._bound(value.start), self._bound(value.stop), self._bound(value.step))
         return self._leaf_to_fx(value)
+
+    def _bound(self, value: Any) -> Any:
+        """A bound of a slice; a tensor of one number is read as such."""
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return self.to_fx(value)
+        node = self.graph.call_method("item", (self.node_of(value),))
+        with torch._C.DisableTorchFunction():
+            node.meta.update(source="", value=int(value))
+        return node
 
     def _leaf_to_fx(self, value: Any) -> Any:
         if isinstance(value, torch.device):

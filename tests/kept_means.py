@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import chase_fx
 from tests.oracle import masked_copy, tensors
 
 __all__ = ["UndecidedError", "expected_output", "masked_run"]
@@ -53,7 +54,7 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, dense: _Calls | None = None, slim: _Calls | None = None) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.seen: list[Any] = []
         self.dense, self.slim = dense, slim
         if dense is not None and slim is not None:
             assert len(dense.seen) == len(slim.seen), "the slim module makes other calls than the model"
@@ -87,7 +88,7 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         call = len(self.seen) - 1
         before, after = self.dense.seen[call], self.slim.seen[call]
-        if before.shape != x.shape or after.dim() != x.dim():
+        if after is None or before.shape != x.shape or after.dim() != x.dim():
             return func(*args, **kwargs)
         gamma = kwargs.get("weight", args[2] if len(args) > 2 else None) if func in _NORMS else None
         kept = {}
@@ -265,6 +266,8 @@ def masked_run(
         for module, buffers in states:
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
+    if len(dense.seen) != len(thin.seen):
+        thin.seen = _beside(dense.seen, thin.seen, model, args, kwargs)
     kept = slim.plan.kept_indices()
     masked = masked_copy(model, kept)
     whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
@@ -278,6 +281,26 @@ def masked_run(
             buffer.copy_(whole[name])
     with _Calls(dense, thin):
         return _drawn(masked, args, kwargs), masked
+
+
+def _beside(
+    dense: list[Tensor], slim: list[Tensor], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor | None]:
+    """The calls of the slim module beside those of the model; none where a graph has left out what nobody reads.
+
+    The graph of the whole model makes the same calls as the slim one, and sees the same values as the model.
+    """
+    graph, traced = _Calls(), chase_fx.trace(model, args, dict(kwargs))
+    with torch.no_grad(), graph:
+        _drawn(traced, args, kwargs)
+    assert len(graph.seen) == len(slim), "the slim module makes other calls than the graph of the model"
+    left = list(zip(graph.seen, slim, strict=True))
+    out: list[Tensor | None] = []
+    for seen in dense:
+        same = left and seen.shape == left[0][0].shape and torch.allclose(seen, left[0][0], 1e-12, 0, equal_nan=True)
+        out.append(left.pop(0)[1] if same else None)
+    assert not left, "the slim module makes other calls than the model"
+    return out
 
 
 def _drawn(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

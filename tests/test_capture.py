@@ -509,3 +509,19 @@ def test_a_forward_that_writes_to_its_input() -> None:
     assert torch.equal(x, before)
     assert torch.equal(traced(x), model(before))
     assert torch.equal(x, before)
+
+
+def test_tensors_as_bounds_of_slices() -> None:
+    """Two halves that a tensor of one number tells apart keep the same channels."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            half = torch.tensor([4])
+            x = self.a(x)
+            return self.b(torch.cat([x[:, : half[0]].tanh() * x[:, half[0] :].sigmoid()] * 2, 1))
+
+    model = Net().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    slim = chase_fx.prune(model, (x,))
+    assert slim.plan.new_shape("a.weight") == (4, 4)
+    assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT
