@@ -14,6 +14,7 @@ from chase_fx.graphs.axes import Atom, Axes, Axis, Cause, Fixed, Prod, atoms_of,
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import Capture, TraceInfo
+from chase_fx.graphs.vanishing import freeze_what_stays
 
 __all__ = ["Labelling", "Unknown", "propagate"]
 
@@ -70,6 +71,13 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
                 cause = Cause("output", "output", "", f"output '{leaf.path}' keeps its shape")
                 for axis in labels[leaf.slot.index]:
                     axes.freeze(axis, cause)
+    for capture, labels, facts in zip(info.captures, labelling.slots, labelling.facts, strict=True):
+        zero = {
+            slot.index: frozenset(atom for axis in labels[slot.index] for atom in atoms_of(axis))
+            for slot in capture.tape.slots
+            if slot.kind in ("parameter", "buffer") and slot.index in labels
+        }
+        freeze_what_stays(axes, capture.tape.ops, labels, facts, zero)
     _settle(labelling, used, info.aliases)
     return labelling
 

@@ -1,0 +1,76 @@
+"""Units that do not vanish with their weights stay where they are summed over: removing equals zeroing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from tests.nets import Net
+from tests.oracle import EXACT, difference, masked_copy, randomise
+
+Step = Callable[[nn.Module, Tensor], Tensor]
+
+
+def net_of(step: Step) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "out": nn.Linear(8, 5)}
+    side = {"c": nn.Linear(6, 8), "d": nn.Linear(8, 5)}
+    net = Net(lambda m, x: m.out(m.a(x).relu() + step(m, m.a(x))) + m.d(m.c(x).relu()), **layers, **side)
+    return randomise(net), torch.randn(2, 3, 6).double()
+
+
+STAYS: list[Step] = [
+    lambda m, y: (F.elu(m.b(y)) + 1).sum(-1, keepdim=True),
+    lambda m, y: (F.elu(m.b(y)) + 1) @ (F.elu(m.b(y)) + 1).transpose(1, 2) @ y,
+    lambda m, y: m.b(y).sigmoid().norm(dim=-1, keepdim=True),
+    lambda m, y: torch.cdist(m.b(y).exp(), y)[..., :1],
+    lambda m, y: (y + torch.arange(1.0, 9.0, dtype=y.dtype)).pow(2).sum(-1, keepdim=True),
+    lambda m, y: m.b(y).masked_fill(y <= 0, 1.0).sum(-1, keepdim=True),
+]
+GOES: list[Step] = [
+    lambda m, y: m.b(y).relu().sum(-1, keepdim=True),
+    lambda m, y: (m.b(y).gelu() if hasattr(y, "gelu") else F.gelu(m.b(y))) @ y.sigmoid().transpose(1, 2) @ y,
+    lambda m, y: F.normalize(m.b(y) * y.exp(), dim=-1),
+    lambda m, y: F.scaled_dot_product_attention(y, m.b(y), y.cos()),
+    lambda m, y: torch.cdist(m.b(y).tanh(), y)[..., :1],
+    lambda m, y: F.glu(torch.cat([m.b(y), m.b(y)], -1)).square().sum(-1, keepdim=True),
+    lambda m, y: F.layer_norm(m.b(y), (8,), m.b.bias, m.a.bias).sum(-1, keepdim=True),
+    lambda m, y: torch.zeros_like(y).add_(m.b(y)).mul_(2).sum(-1, keepdim=True),
+]
+
+
+def pruned(step: Step) -> tuple[nn.Module, Tensor, chase_fx.ChannelGraph, nn.Module]:
+    net, x = net_of(step)
+    channels = chase_fx.analyze(chase_fx.trace(net, x))
+    return net, x, channels, chase_fx.prune(net, x, channel_sparsity=0.5, score="random").eval()
+
+
+@pytest.mark.parametrize("step", STAYS)
+def test_units_that_do_not_vanish_stay(step: Step) -> None:
+    """A model whose removed slices are zero computes what the slim one does: no weight brought in what is summed."""
+    net, x, channels, slim = pruned(step)
+    with torch.no_grad():
+        expected = masked_copy(net, slim.plan.kept_indices())(x)
+    assert difference(expected, slim(x)) <= EXACT
+    assert "do not vanish" in " ".join(channels.frozen.values())
+
+
+def test_copies_without_weights_are_all_summed() -> None:
+    """The copies that an expand makes have no weights to vanish with."""
+    net, x, _, slim = pruned(lambda m, y: y[..., None].expand(-1, -1, -1, 4).sum(-1))
+    with torch.no_grad():
+        expected = masked_copy(net, slim.plan.kept_indices())(x)
+    assert difference(expected, slim(x)) <= EXACT
+
+
+@pytest.mark.parametrize("step", GOES)
+def test_units_that_vanish_go(step: Step) -> None:
+    """Zeros stay zeros through everything that keeps them."""
+    _, _, channels, slim = pruned(step)
+    assert "do not vanish" not in " ".join(channels.frozen.values())
+    assert slim.a.out_features == 4
