@@ -150,7 +150,8 @@ def _complete(
     """Give the module tree the modes of the model, and what the graphs need besides the model's own."""
     modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
     for name, module in root.named_modules():
-        module.training = modes.get(name, model.training)
+        if module.training is not modes.get(name, model.training):
+            module.training = not module.training
     for recorder in recorders:
         for name, rebuild in recorder.arguments.rebuilds.items():
             root.add_module(name, rebuild)

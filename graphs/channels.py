@@ -250,10 +250,17 @@ class ChannelGraph:
             if not array.all():
                 masks[by_name[name].atom] = array
         pruned: dict[str, Indices] = {}
+        # Tensors of one layer share their axes; an axis is held so that its id stays its own.
+        known: dict[int, tuple[Axis, torch.Tensor | None]] = {}
         for name, labels in self.labelling.state.items():
-            found = [keep_mask(axis, masks) for axis in labels]
-            if any(m is not None for m in found):
-                pruned[name] = tuple(None if m is None else torch.from_numpy(np.flatnonzero(m)) for m in found)
+            stay = []
+            for axis in map(resolve, labels):
+                if id(axis) not in known:
+                    found = keep_mask(axis, masks)
+                    known[id(axis)] = axis, None if found is None else torch.from_numpy(np.flatnonzero(found))
+                stay.append(known[id(axis)][1])
+            if any(indices is not None for indices in stay):
+                pruned[name] = tuple(stay)
         return pruned
 
     def masks_of(self, plan: PruningPlan) -> dict[Atom, np.ndarray]:

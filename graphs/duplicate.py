@@ -51,7 +51,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     if cls is nn.Parameter or cls is torch.Tensor:
         new = memo[id(value)] = copied(value, memo)
         return new
-    if isinstance(value, nn.Module) and _is_plain(cls):
+    if isinstance(value, nn.Module) and _is_plain(cls, memo):
         state = value.__getstate__()
         if type(state) is dict:
             memo.setdefault(id(memo), []).append(state)  # as deepcopy does: what is in the memo has to stay alive
@@ -75,14 +75,17 @@ def _items(state: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     return new
 
 
-def _is_plain(cls: Any) -> bool:
-    """Whether the class leaves it to Python how its objects are taken apart and made."""
-    return (
+def _is_plain(cls: Any, memo: dict[Any, Any]) -> bool:
+    """Whether the class leaves it to Python how its objects are taken apart and made; found once for each copy."""
+    if cls in memo:  # its other keys are numbers
+        return bool(memo[cls])
+    memo[cls] = (
         cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
         and cls not in copyreg.dispatch_table
         and not any(hasattr(cls, name) for name in _HOOKS)
     )
+    return bool(memo[cls])
 
 
 def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:

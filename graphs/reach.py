@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ["Code", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
+_DATA = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set})  # most of a module's attributes
 _REGISTRY = 500  # larger containers are data, no tables of functions
 _REMEMBERED = 64  # models
 
@@ -63,6 +65,8 @@ def _starts(value: Any, seen: set[int]) -> Iterator[Any]:
     """The class of an object, and the functions and classes that it holds."""
     yield type(value)
     for item in vars(value).values() if hasattr(value, "__dict__") else ():
+        if type(item) in _DATA:
+            continue
         if isinstance(item, (tuple, list)) or _may_hold(item):
             yield from _held(item, seen)
 

@@ -52,7 +52,7 @@ def resize(module: nn.Module, leaves: Leaves) -> None:
             for attribute, name, dim in attributes:
                 tensor: torch.Tensor | None = module._parameters.get(name)
                 tensor = module._buffers.get(name) if tensor is None else tensor
-                if tensor is not None and hasattr(module, attribute):
+                if tensor is not None and getattr(module, attribute, tensor.shape[dim]) != tensor.shape[dim]:
                     setattr(module, attribute, tensor.shape[dim])
     if isinstance(module, nn.RNNBase):
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
