@@ -81,13 +81,15 @@ def _steps(start: int, stop: int, step: int) -> int:
     return len(range(start, stop, step))
 
 
-def _range(*args: Any) -> range:
-    """How often a loop runs is part of the graph, so it is fixed; where it ends is not."""
-    if any(map(is_live, args)):
-        start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
-        fix(start)
-        fix(step)
-        fix(stop if plain(start) == 0 and plain(step) == 1 else derive(_steps, (start, stop, step)))
+def _range(*args: Any) -> Any:
+    """How often a loop runs is part of the graph, so it is fixed; where it starts and in which steps it goes is not."""
+    if not any(map(is_live, args)):
+        return range(*args)
+    start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+    plainly = plain(start) == 0 and plain(step) == 1 and not is_live(start) and not is_live(step)
+    count = fix(stop if plainly else derive(_steps, (start, stop, step)))
+    if is_live(start) or is_live(step):
+        return [start + i * step for i in range(count)]
     return range(*map(plain, args))
 
 

@@ -185,6 +185,16 @@ def test_a_loop_in_steps_is_guarded_by_its_count() -> None:
         traced(torch.randn(2, 13, 4))
 
 
+def test_live_steps_of_a_range() -> None:
+    """Two halves are the halves of any even length."""
+    model = Between(lambda x: sum(x[:, i : i + x.shape[1] // 2] for i in range(0, x.shape[1], x.shape[1] // 2)))
+    traced = chase_fx.trace(model, torch.randn(2, 12, 4))
+    x = torch.randn(2, 8, 4)
+    assert torch.equal(traced(x), model(x))
+    with pytest.raises(OtherPathError, match="3 == 2"):
+        traced(torch.randn(2, 9, 4))
+
+
 @pytest.mark.parametrize(
     "parts",
     [lambda x: [*x], lambda x: x.unbind(0), lambda x: x.split(1), lambda x: [x[0], *itertools.islice(x, 1, None)]],
