@@ -23,6 +23,7 @@ from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
 from chase_fx.graphs.live import is_live, plain
 from chase_fx.graphs.opaque import Rebuild, strip
+from chase_fx.graphs.shadows import given_path, graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import holds_tensor
@@ -231,7 +232,7 @@ class Arguments:
         if name is None:
             name = self._constant(tensor)
         # FX wants targets that exist on the owning module; they do by the time a GraphModule is made.
-        node = self.graph.create_node("get_attr", name, (), {})
+        node = self.graph.create_node("get_attr", graph_path(name), (), {})
         node.meta["slot"] = self.tape.slot_of(tensor)
         node.meta["source"] = ""
         node.meta["grad"] = name in self._trainable
@@ -345,7 +346,7 @@ def _needs_grad(node: Node, trainable: set[str]) -> bool:
     """Whether ``node`` depends on a parameter that is trained; inputs ask for no gradient."""
     if node.meta.get("trained") is None:
         if node.op == "get_attr":
-            found = node.target in trainable
+            found = given_path(str(node.target)) in trainable
         else:
             found = node.meta.get("grad") is not False and any(_needs_grad(n, trainable) for n in node.all_input_nodes)
         node.meta["trained"] = found

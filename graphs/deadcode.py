@@ -6,6 +6,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from chase_fx.graphs.guards import GUARDS
+from chase_fx.graphs.shadows import given_path
 
 __all__ = ["has_effect", "remove_dead_nodes"]
 
@@ -15,7 +16,7 @@ def has_effect(node: Node, root: nn.Module) -> bool:
     if node.op in ("placeholder", "output") or node.meta.get("in_place") or node.meta.get("whole"):
         return True
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+        module = root.get_submodule(given_path(str(node.target)))
         return any(True for _ in module.buffers())
     return node.target in GUARDS
 

@@ -33,6 +33,7 @@ from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.provenance import view_sizes
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import is_own, reachable_code
+from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
@@ -295,7 +296,7 @@ class Recorder(TorchFunctionMode):
         self, name: str, module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], out: Any, start: int
     ) -> Any:
         args, kwargs = given
-        node = self.graph.call_module(name, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self.graph.call_module(graph_path(name), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         if next(module.parameters(), None) is not None:
             node.meta["grad"] = True
             node.meta["trained"] = self.arguments.trains(name) or None

@@ -15,6 +15,7 @@ from torch.fx.graph_module import _forward_from_src
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
+from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
 
 if TYPE_CHECKING:
@@ -95,12 +96,14 @@ class TracedModule(GraphModule):
         module = cls(nn.Module(), Graph(), class_name)
         for name in _MODULE_STATE:
             module.__dict__[name] = root.__dict__[name]
+        show_shadowed(module)
         module.__dict__["info"] = info
         module.__dict__["train_graph"] = train_graph
         for g in (graph, train_graph):
             if g is not None:
                 g.owning_module = module
-        module.graph = graph
+        assigned: Any = GraphModule.graph  # nn.Module would take the assignment for one to a child of that name
+        assigned.fset(module, graph)
         return module
 
     def recompile(self) -> Any:
@@ -113,6 +116,10 @@ class TracedModule(GraphModule):
             cls = type(self)
             cls.forward = _by_mode(cls.forward, _compile(self.train_graph))
         return code
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The model's own submodule of that name."""
+        return super().get_submodule(graph_path(target))
 
     def graphs(self) -> list[Graph]:
         """The graph of each captured mode, in the order of ``info.captures``."""
@@ -132,7 +139,7 @@ class TracedModule(GraphModule):
         train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
         new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, type(self).__name__)
         memo[id(self)] = new
-        new.meta = dict(self.meta)
+        new.__dict__["meta"] = dict(self.__dict__["meta"])
         if self.plan is not None:
             new.__dict__["plan"] = self.plan
         return new

@@ -20,6 +20,7 @@ from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.rules.base import Facts, Labels
+from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize, slim_tree
@@ -147,7 +148,7 @@ def _rewrite_graph(
     for node in list(new.nodes):
         site = CallSite(new, node, counts, labels, noted(node), places)
         if node.op == "call_module":
-            _resize_called(root.get_submodule(str(node.target)), site)
+            _resize_called(root.get_submodule(given_path(str(node.target))), site)
         elif node.op in ("call_function", "call_method"):
             name = call_name(node)
             if name in ("size", "numel"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import runpy
@@ -525,3 +526,33 @@ def test_tensors_as_bounds_of_slices() -> None:
     slim = chase_fx.prune(model, (x,))
     assert slim.plan.new_shape("a.weight") == (4, 4)
     assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "plan", "info", "recompile", "train_graph"])
+def test_children_with_names_of_a_graph_module(name: str) -> None:
+    """A layer or a parameter may be called what a GraphModule calls its source, and keeps its name in the state."""
+
+    class Model(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(getattr(self, name)(self.a(x)))
+
+    class Bare(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.ones(8)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) * getattr(self, name))
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for model in (Model().double(), Bare().double()):
+        slim = chase_fx.prune(model, x)
+        assert set(slim.state_dict()) == set(model.state_dict())
+        assert slim.a.out_features == 4
+        again = copy.deepcopy(slim)
+        assert torch.equal(again(x), slim(x))
+        assert torch.equal(torch.compile(slim, backend="eager", fullgraph=True)(x), slim(x))

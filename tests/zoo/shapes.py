@@ -5,14 +5,14 @@ Each ends in a head of fixed width; widths in between differ, so that dims that 
 
 from __future__ import annotations
 
-from tests.zoo import Case, shapes_images, shapes_other, shapes_sequences
+from tests.zoo import Case, shapes_images, shapes_other, shapes_relations, shapes_sequences, shapes_signals
 from tests.zoo.nets import Builder
 
 __all__ = ["NAMES", "build"]
 
 _BUILDERS: dict[str, Builder] = {
     name: make
-    for module in (shapes_images, shapes_sequences, shapes_other)
+    for module in (shapes_images, shapes_sequences, shapes_signals, shapes_relations, shapes_other)
     for name, make in vars(module).items()
     if getattr(make, "is_shape", False)
 }
