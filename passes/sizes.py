@@ -318,7 +318,7 @@ def _pad(site: CallSite) -> None:
     for k in range(len(amounts) // 2):
         axis = outer[len(outer) - 1 - k]
         if site.counts.live(axis):
-            before, after = amounts[2 * k], amounts[2 * k + 1]
+            before, after = (_value(site, n) for n in amounts[2 * k : 2 * k + 2])
             new[2 * k] = site.counts.between(axis, 0, before)
             new[2 * k + 1] = site.counts.between(axis, axis.size - after, axis.size)
     site.set(1, "pad", tuple(new))

@@ -556,3 +556,22 @@ def test_children_with_names_of_a_graph_module(name: str) -> None:
         again = copy.deepcopy(slim)
         assert torch.equal(again(x), slim(x))
         assert torch.equal(torch.compile(slim, backend="eager", fullgraph=True)(x), slim(x))
+
+
+def test_parameters_that_a_forward_writes_are_put_back() -> None:
+    """A moving average that a training forward writes to a parameter's data is in neither the model nor its copies."""
+
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if self.training:
+                self.b.weight.data.mul_(0.9).add_(0.1 * y.detach().mean(0))
+            return self.b(y)
+
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    before = model.b.weight.clone()
+    traced = chase_fx.trace(model, x)
+    assert torch.equal(model.b.weight, before)
+    assert torch.equal(traced.b.weight, before)
+    assert torch.equal(traced.train()(x), model.train()(x))
+    assert torch.equal(traced.b.weight, model.b.weight)
