@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
@@ -27,6 +26,7 @@ from chase_fx.graphs.shadows import given_path, graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import holds_tensor
+from chase_fx.graphs.walk import Modules, buffers_in, parameters_in
 
 __all__ = ["NO_DEFAULT", "Arguments"]
 
@@ -49,13 +49,13 @@ class Arguments:
         constants: tensors that the forward uses without computing or registering them, by the name of their buffer.
     """
 
-    def __init__(self, root: nn.Module, graph: Graph, tape: Tape, device: torch.device | None) -> None:
+    def __init__(self, modules: Modules, graph: Graph, tape: Tape, device: torch.device | None) -> None:
         self.graph = graph
         self.tape = tape
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
-        parameters = dict(root.named_parameters(remove_duplicate=False))
-        self.buffers = dict(root.named_buffers(remove_duplicate=False))  # as they were before the forward
+        parameters = parameters_in(modules)
+        self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self.no_grad = False

@@ -36,6 +36,7 @@ from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
 from chase_fx.graphs.trees import tensors_in
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function
 
 __all__ = ["SpecializationWarning", "trace"]
@@ -148,8 +149,8 @@ def _complete(
     root: nn.Module, model: nn.Module, recorders: Sequence[Recorder], constants: Mapping[str, torch.Tensor]
 ) -> None:
     """Give the module tree the modes of the model, and what the graphs need besides the model's own."""
-    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
-    for name, module in root.named_modules():
+    modes = {name: m.training for name, m in modules_of(model)}
+    for name, module in modules_of(root):
         if module.training is not modes.get(name, model.training):
             module.training = not module.training
     for recorder in recorders:
@@ -196,8 +197,9 @@ def _structure(root: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, s
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
+    modules = modules_of(root)
+    yield from parameters_in(modules).items()
+    yield from buffers_in(modules).items()
 
 
 @contextmanager

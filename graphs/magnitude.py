@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
+
 if TYPE_CHECKING:
     from chase_fx.graphs.channels import ChannelGraph, Group
 
@@ -23,11 +25,8 @@ class Magnitude:
 
     def __init__(self, channels: ChannelGraph) -> None:
         self._channels = channels
-        module = channels.module
-        self._tensors: dict[str, torch.Tensor] = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
+        modules = modules_of(channels.module)
+        self._tensors: dict[str, torch.Tensor] = {**parameters_in(modules), **buffers_in(modules)}
         self._energies: dict[tuple[str, int], Energies | None] = {}
 
     def __call__(self, group: Group) -> torch.Tensor:

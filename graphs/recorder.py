@@ -38,6 +38,7 @@ from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
+from chase_fx.graphs.walk import modules_of
 from chase_fx.graphs.whole import Function, FunctionName, bindings, enclosing
 
 __all__ = ["Recorder"]
@@ -105,7 +106,8 @@ class Recorder(TorchFunctionMode):
         self.deciders: dict[str, tuple[FunctionName, ...]] = {}
         self.graph = Graph()
         self.tape = Tape()
-        self.arguments = Arguments(root, self.graph, self.tape, device)
+        self.modules = modules_of(root)
+        self.arguments = Arguments(self.modules, self.graph, self.tape, device)
         self.specialised = self.arguments.specialised
         self.standins = None if values else StandIns()
         self.tape_mode = TapeMode(self.tape, self.standins)
@@ -121,7 +123,7 @@ class Recorder(TorchFunctionMode):
         self._measures_at = ""
         self._guards: set[tuple[Any, ...]] = set()
         self._mask_of: dict[Node, torch.Tensor] = {}
-        self._names = {id(m): name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self._names = {id(m): name for name, m in reversed(self.modules)}
         self._active = False
         self._leaf_reads_training = False
 
@@ -130,8 +132,8 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record everything inside the block."""
-        training = {id(m): m.training for m in self.root.modules()}
-        hidden = [m for m in self.root.modules() if not is_leaf(m, self.leaves)]
+        training = {id(m): m.training for _, m in self.modules}
+        hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         floats = [
