@@ -22,7 +22,7 @@ from torch.fx import Graph
 
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
-from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.duplicate import duplicate, uncollected
 from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
@@ -253,7 +253,8 @@ class _Way:
 def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
     state = () if fake is None else (*model.parameters(), *model.buffers())
     try:
-        return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
+        with uncollected():
+            return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
