@@ -22,6 +22,7 @@ from torch.fx import Graph
 
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate, uncollected
 from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
@@ -123,7 +124,7 @@ def trace(
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     if specialised:
         warnings.warn(
-            "the forward reads tensor data into Python, so the graph holds the values that the example inputs gave: "
+            "the forward reads tensor data or random numbers into Python, so the graph holds the values that it got: "
             + "; ".join(dict.fromkeys(specialised)),
             SpecializationWarning,
             stacklevel=2,
@@ -308,18 +309,18 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
     trainable = [p for p in root.parameters() if p.requires_grad]
-    rng = torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
             p.requires_grad = False
-        with torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
+        with restored_generators() as drawn, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             with recorder.running():
                 out = root.forward(*args, **kwargs)
             recorder.finish(out)
+            if drawn():
+                recorder.specialised.append("numbers drawn by Python's or NumPy's random generator")
     except ChaseError:
         raise
     except Exception as e:
@@ -334,9 +335,6 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     finally:
         for p in trainable:
             p.requires_grad = True
-        torch.set_rng_state(rng)
-        if cuda_rng:
-            torch.cuda.set_rng_state_all(cuda_rng)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)

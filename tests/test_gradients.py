@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +68,33 @@ def test_statistics_and_second_heads(training: bool) -> None:
     assert first.shape == (4, 4)
     moved = {n for n, b in slim.named_buffers() if not torch.equal(b, before[n])}
     assert moved == ({n for n in before if n.startswith("norm_")} if training else set())
+
+
+class LayerDrop(nn.Module):
+    """Whole layers are left out at random in train mode."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.first, self.layer, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if not (self.training and self.draw() < 0.5):
+            y = y + F.relu(self.layer(y))
+        return self.out(y)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand()), lambda: torch.rand([])])
+def test_layers_left_out_at_random_are_reported(draw: Callable[[], float]) -> None:
+    """A graph can't decide again which layers run: a warning says so, and no generator is moved."""
+    net, x = randomise(LayerDrop(draw)), torch.randn(3, 6, dtype=torch.float64)
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    with pytest.warns(chase_fx.SpecializationWarning, match="random numbers"):
+        traced = chase_fx.trace(net, x)
+    assert (random.getstate(), str(np.random.get_state())) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert torch.equal(traced.eval()(x), net(x))
 
 
 def test_dropout_draws_what_the_model_draws() -> None:

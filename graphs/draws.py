@@ -1,0 +1,36 @@
+"""Random generators around a capture: left as they were, and draws that no graph can make again are noticed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["restored_generators"]
+
+
+@contextmanager
+def restored_generators() -> Iterator[Callable[[], bool]]:
+    """Puts torch's, Python's and NumPy's generators back at the end.
+
+    Yields whether Python's or NumPy's has drawn since: what it drew decided something that no node of a graph decides
+    again, such as which layers LayerDrop leaves out.
+    """
+    rng = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator)
+
+    def drawn() -> bool:
+        return random.getstate() != python or str(np.random.get_state(legacy=False)) != str(numpy)  # noqa: NPY002
+
+    try:
+        yield drawn
+    finally:
+        torch.set_rng_state(rng)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
