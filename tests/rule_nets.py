@@ -94,7 +94,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "mv": (lambda m, y, z: z + y.mean((2, 3)).mv(m.v)[:, None, None, None], 8),
     "addmv": (lambda m, y, z: z * _channel(torch.addmv(m.v, m.w, y[0].mean((1, 2)))), 8),
     "addr": (lambda m, y, z: z + _image(_rows(y) @ torch.addr(m.w, m.v, m.u)), 8),
-    "addbmm": (lambda m, y, z: z * _channel(torch.addbmm(m.w, y[:, :, 0], y[:, :, 1].mT).sum(1)), 8),
+    "addbmm": (lambda m, y, z: z * _channel(torch.addbmm(m.w, y[:, :, 0], y[:, :, 1].mT) @ m.v), 8),
     "dot": (lambda m, y, z: z * torch.dot(m.v, y[0].mean((1, 2))), 8),
     "one_head": (lambda m, y, z: _image(_one_head(_rows(y), _rows(z))), 8),
     "vector_norm": (lambda m, y, z: z * torch.linalg.vector_norm(y, dim=1, keepdim=True), 8),
