@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from chase_fx.errors import OtherPathError
+from chase_fx.errors import OtherPathError, VerificationError
 from chase_fx.graphs.capture import trace
 from chase_fx.graphs.channels import Outputs, analyze
 from chase_fx.graphs.select import Score
 from chase_fx.graphs.traced import TracedModule, capture_of
-from chase_fx.graphs.whole import Function, named
+from chase_fx.graphs.whole import Function, FunctionName, named
 from chase_fx.passes.rewrite import rewrite
 from chase_fx.passes.verify import verify as verify_slim
 
@@ -66,12 +66,18 @@ def prune(
             return slim
         try:
             verify_slim(traced, slim)
-        except OtherPathError as e:
-            # The masked model goes another way than the dense one: the data decides, in a function that has to stay.
-            functions = map(named, capture_of(traced).deciders.get(e.where, ()))
-            found = next((f for f in functions if f is not None and f not in whole), None)
-            if found is None:
+        except (OtherPathError, VerificationError) as e:
+            # The masked model goes another way than the dense one: the data decides, in functions that have to stay.
+            info = capture_of(traced)
+            places = [info.deciders.get(e.where, ())] if isinstance(e, OtherPathError) else info.reads.values()
+            found = [f for place in places if (f := _next(place, whole)) is not None]
+            if not found:
                 raise
-            whole.append(found)
+            whole += dict.fromkeys(found)
         else:
             return slim
+
+
+def _next(place: Sequence[FunctionName], whole: Sequence[Function]) -> Function | None:
+    """The innermost of the functions around a place in the code that does not stay one call yet."""
+    return next((f for f in map(named, place) if f is not None and f not in whole), None)

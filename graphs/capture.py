@@ -142,6 +142,7 @@ def trace(
         train_error=train_error,
         leaves=inputs.leaves,
         deciders=recorder.deciders,
+        reads=recorder.reads,
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 

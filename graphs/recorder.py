@@ -104,6 +104,7 @@ class Recorder(TorchFunctionMode):
         self.leaves = leaves
         self.whole = whole
         self.deciders: dict[str, tuple[FunctionName, ...]] = {}
+        self.reads: dict[str, tuple[FunctionName, ...]] = {}
         self.graph = Graph()
         self.tape = Tape()
         self.modules = modules_of(root)
@@ -353,7 +354,9 @@ class Recorder(TorchFunctionMode):
     def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose result is no tensor: the graph holds the value, if anything was done with it."""
         if name in _READS_DATA:
-            self.specialised.append(f"{name} at {source_line()}")
+            line = source_line()
+            self.specialised.append(f"{name} at {line}")
+            self.reads.setdefault(line, enclosing())
         if name not in _ABOUT:
             self._need_values(args, kwargs)
         return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out

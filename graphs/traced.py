@@ -66,9 +66,9 @@ class TraceInfo:
     aliases: dict[str, str] = field(default_factory=dict)  # second names of tied tensors -> the first
     constants: frozenset[str] = frozenset()  # tensors that the model uses but does not register
     leaves: Leaves = field(default_factory=dict)  # the user's own leaf classes and their size attributes
-    deciders: dict[str, tuple[tuple[str, str], ...]] = field(
-        default_factory=dict
-    )  # line that decides -> functions that it is in
+    # line that decides by a size -> the functions that it is in, innermost first, as (module, name)
+    deciders: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    reads: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # the same for data read into Python
     train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
 

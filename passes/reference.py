@@ -62,6 +62,7 @@ class MaskedReference(Interpreter):
         self.facts = channels.labelling.facts[capture]
         self.masks = masks
         self.values: dict[str, torch.Tensor] = {}
+        self.at = ""
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
@@ -69,6 +70,7 @@ class MaskedReference(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """One node; its ATen calls are matched with those of the capture."""
+        self.at = n.name
         start, stop = n.meta.get("tape", (0, 0))
         if start == stop:
             return super().run_node(n)

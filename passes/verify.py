@@ -122,8 +122,7 @@ def _compare(
         # As in the capture: a view that is taken with gradients enabled makes another call.
         with torch.enable_grad(), plain_recurrence(traced), ConstantDraws():
             reference = MaskedReference(traced, channels, 0, masks)
-            with _same_draws():
-                expected = reference.run(*_placed(reference, inputs))
+            expected = _expected(reference, inputs)
             recorded = _Recording(slim, graph=slim.graph)
             try:
                 with _same_draws():
@@ -157,6 +156,20 @@ def _compare(
     if gross is not None:
         return report, gross[0]
     return report, None if worst <= tolerance else _first_difference(slim, reference, recorded, tolerance)
+
+
+def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """What the reference gives."""
+    try:
+        with _same_draws():
+            return reference.run(*_placed(reference, inputs))
+    except (RuntimeError, IndexError, TypeError, ValueError) as e:
+        raise VerificationError(
+            f"the masked dense graph fails at node '{reference.at}' ({type(e).__name__}: {e}): without the removed "
+            "channels the model's code takes another path than when it was captured; name the function whose path "
+            "the data decides in whole= of trace",
+            node=reference.at,
+        ) from e
 
 
 class _Recording(Interpreter):

@@ -177,6 +177,28 @@ ENTRIES = (
     Entry("legacy_xception", 96),
     Entry("xception41p", 96),
     _fixed("xcit_nano_12_p8_224", 64, depth=2),
+    # other ways to normalise, attend, pool and embed than the families' smallest members have
+    Entry("test_efficientnet_ln"),
+    Entry("convnext_zepto_rms"),
+    Entry("mixnet_s"),
+    Entry("mobilenetv4_conv_small_035"),
+    Entry("cpubone_b1_dwnorm"),
+    Entry("regnetz_b16_evos"),
+    Entry("tf_efficientnet_cc_b0_4e"),
+    _fixed("vit_pe_core_tiny_patch16_384", 64, depth=2),
+    _fixed("vit_base_patch16_siglip_224", 64, **_SHALLOW),
+    _fixed("vit_so150m_patch16_reg4_map_256", 64, **_SHALLOW),
+    _fixed("vit_base_patch16_xp_224", 64, **_SHALLOW),
+    _fixed("vit_intern300m_patch14_448", 56, **_SHALLOW),
+    _fixed("vit_giant_patch16_lingbot", 64, **_SHALLOW),
+    _fixed("aimv2_large_patch14_224", 56, **_SHALLOW),
+    _fixed("beit3_base_patch16_224", 64, **_SHALLOW),
+    _fixed("eva_giant_patch14_clip_224", 56, **_SHALLOW),
+    _fixed("vit_relpos_base_patch16_clsgap_224", 64, **_SHALLOW),
+    Entry("naflexvit_base_patch16_map", 64, _SHALLOW),
+    Entry("naflexvit_base_patch16_parfac_gap", 64, _SHALLOW),
+    Entry("qwen3_vit_88m_merge", 64, {"img_size": 64, **_SHALLOW}),
+    Entry("gemma4_vit_167m_enc", 96, {"img_size": 96, **_SHALLOW}),
 )
 _BY_NAME = {entry.name: entry for entry in ENTRIES}
 NAMES = tuple(_BY_NAME)
