@@ -65,6 +65,8 @@ class Arguments:
         self._nodes: dict[int, Node] = {}
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
+        self.model = root  # that ``root`` is a copy of
+        self._of_model: dict[int, tuple[str, str]] | None = None
         self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
         self._inputs: dict[Node, int] = {}
@@ -224,7 +226,7 @@ class Arguments:
         node = self._nodes.get(id(tensor))
         if node is not None:
             return self._without_grad(node) if self.no_grad else node
-        name = self._state.get(id(tensor))
+        name = self._state.get(id(tensor)) or self._name_in_model(tensor)
         if name is None and self._made_here(tensor):
             node = self._hidden(tensor)
             self._tie(tensor, node)
@@ -282,6 +284,19 @@ class Arguments:
             )
         self.specialised.append(f"sizes inside a computation that the torch API does not show, at {source_line()}")
         return node
+
+    def _name_in_model(self, tensor: torch.Tensor) -> str | None:
+        """A function inside the copy may hold on to the model: its tensors stand for those of the copy."""
+        if self._of_model is None:
+            parts = (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers()))
+            self._of_model = {id(t): (kind, name) for kind, items in parts for name, t in items}
+        kind, name = self._of_model.get(id(tensor), ("", ""))
+        if not name or name not in self._state.values():
+            return None
+        self._state[id(tensor)] = name
+        slot = self.tape.slot_of(tensor)
+        slot.kind, slot.name = kind, name
+        return name
 
     def _constant(self, tensor: torch.Tensor) -> str:
         name = f"_chase_constant_{len(self.constants)}"

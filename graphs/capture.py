@@ -309,6 +309,7 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
+    recorder.arguments.model = model
     trainable = [p for p in root.parameters() if p.requires_grad]
     try:
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no

@@ -575,3 +575,24 @@ def test_parameters_that_a_forward_writes_are_put_back() -> None:
     assert torch.equal(traced.b.weight, before)
     assert torch.equal(traced.train()(x), model.train()(x))
     assert torch.equal(traced.b.weight, model.b.weight)
+
+
+def test_a_function_that_holds_on_to_the_model() -> None:
+    """A lambda of the model reads the copy's weights in a graph: they are tied, trained and pruned as in the model."""
+
+    class Model(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_input = lambda y: y @ self.a.weight
+            self.again = lambda y: self.b(y) * 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).relu()
+            return self.again(y) + self.to_input(y).sum(-1, keepdim=True)
+
+    model, x = Model().double(), torch.randn(3, 4, dtype=torch.float64)
+    traced = chase_fx.trace(model, x)
+    assert set(dict(traced.named_buffers())) == set()
+    assert_same_gradients(model, x)
+    slim = chase_fx.prune(model, x)
+    assert slim.a.out_features == slim.b.in_features == 4
