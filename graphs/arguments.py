@@ -65,7 +65,7 @@ class Arguments:
         self._nodes: dict[int, Node] = {}
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
-        self.model = root  # that ``root`` is a copy of
+        self.model: nn.Module | None = None  # of which the modules are a copy
         self._of_model: dict[int, tuple[str, str]] | None = None
         self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
@@ -287,6 +287,8 @@ class Arguments:
 
     def _name_in_model(self, tensor: torch.Tensor) -> str | None:
         """A function inside the copy may hold on to the model: its tensors stand for those of the copy."""
+        if self.model is None:
+            return None
         if self._of_model is None:
             parts = (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers()))
             self._of_model = {id(t): (kind, name) for kind, items in parts for name, t in items}
