@@ -104,10 +104,18 @@ class ChannelGraph:
             for name, d, positions in self.positions_of(atom)
         )
 
-    def positions_of(self, atom: Atom) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
-        """For every axis that the units of ``atom`` touch: (size, k), row i has the indices that belong to unit i."""
+    def positions_of(
+        self, atom: Atom, known: dict[AxisName, dict[Atom, np.ndarray]] | None = None
+    ) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
+        """For every axis that the units of ``atom`` touch: (size, k), row i has the indices that belong to unit i.
+
+        ``known`` keeps what was found along the axes between calls, while no axis is refined.
+        """
+        known = {} if known is None else known
         for name, d in self._touched[atom]:
-            yield name, d, self._units_along(name, d)[atom][:, 1].reshape(atom.size, -1)
+            if (name, d) not in known:
+                known[name, d] = self._units_along(name, d)
+            yield name, d, known[name, d][atom][:, 1].reshape(atom.size, -1)
 
     def _units_along(self, name: str, dim: int) -> dict[Atom, np.ndarray]:
         axis = resolve(self.labelling.state[name][dim])

@@ -11,6 +11,7 @@ import torch
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 
 if TYPE_CHECKING:
+    from chase_fx.graphs.axes import Atom
     from chase_fx.graphs.channels import ChannelGraph, Group
 
 __all__ = ["Magnitude"]
@@ -27,12 +28,13 @@ class Magnitude:
         self._channels = channels
         modules = modules_of(channels.module)
         self._tensors: dict[str, torch.Tensor] = {**parameters_in(modules), **buffers_in(modules)}
+        self._known: dict[tuple[str, int], dict[Atom, npt.NDArray[np.int64]]] = {}
         self._energies: dict[tuple[str, int], Energies | None] = {}
 
     def __call__(self, group: Group) -> torch.Tensor:
         """(size,) scores of one group."""
         total = np.zeros(group.size)
-        for name, dim, positions in self._channels.positions_of(group.atom):
+        for name, dim, positions in self._channels.positions_of(group.atom, self._known):
             energy = self._energy(name, dim)
             if energy is None:
                 continue
