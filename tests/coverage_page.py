@@ -16,6 +16,7 @@ TITLES = {
     "tvx": "torchvision, detection, segmentation, video",
     "timm": "timm, every family",
     "hf": "transformers",
+    "hfx": "transformers, more architectures",
     "shape": "shapes of nets",
 }
 

@@ -87,6 +87,8 @@ class _Calls(TorchFunctionMode):
         if self.dense is None or self.slim is None:
             return func(*args, **kwargs)
         call = len(self.seen) - 1
+        if call >= len(self.dense.seen):
+            raise UndecidedError("the model makes other calls once its units are masked")
         before, after = self.dense.seen[call], self.slim.seen[call]
         if after is None or before.shape != x.shape or after.dim() != x.dim():
             return func(*args, **kwargs)
@@ -272,15 +274,24 @@ def masked_run(
     masked = masked_copy(model, kept)
     whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
     _zero_buffers(masked, kept)
-    with _Calls(dense, thin):
-        out = _drawn(masked, args, kwargs)
+    out = _masked_result(masked, dense, thin, args, kwargs)
     if all(bool(t.isfinite().all()) for t in tensors(out)):
         return out, masked
     with torch.no_grad():  # something divides by a buffer, such as the periods of a rotation
         for name, buffer in masked.named_buffers():
             buffer.copy_(whole[name])
-    with _Calls(dense, thin):
-        return _drawn(masked, args, kwargs), masked
+    return _masked_result(masked, dense, thin, args, kwargs), masked
+
+
+def _masked_result(
+    masked: nn.Module, dense: _Calls, slim: _Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    calls = _Calls(dense, slim)
+    with calls:
+        out = _drawn(masked, args, kwargs)
+    if len(calls.seen) != len(dense.seen):  # such as those of experts that only one of the two chooses
+        raise UndecidedError("the model makes other calls once its units are masked")
+    return out
 
 
 def _beside(

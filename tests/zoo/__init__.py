@@ -34,6 +34,7 @@ class Case:
 CORPORA: Mapping[str, str] = {
     "shape": "tests.zoo.shapes",
     "hf": "tests.zoo.transformers_models",
+    "hfx": "tests.zoo.transformers_more",
     "timm": "tests.zoo.timm_models",
     "tv": "tests.zoo.torchvision_classification",
     "tvx": "tests.zoo.torchvision_detection",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.zoo import Case
 
-__all__ = ["NAMES", "build"]
+__all__ = ["NAMES", "Arch", "build", "build_arch"]
 
 HIDDEN, HEADS, LAYERS, WIDE, VOCAB, TOKENS, IMAGE, PATCH = 48, 4, 2, 80, 97, 10, 32, 8
 
@@ -47,26 +47,26 @@ SIZES: Mapping[str, Any] = {
 }
 
 
-def _ids(batch: int = 2, tokens: int = TOKENS) -> Tensor:
+def ids(batch: int = 2, tokens: int = TOKENS) -> Tensor:
     return torch.randint(5, VOCAB, (batch, tokens))
 
 
-def _text() -> dict[str, Any]:
-    return {"input_ids": _ids(), "attention_mask": torch.ones(2, TOKENS, dtype=torch.long)}
+def text() -> dict[str, Any]:
+    return {"input_ids": ids(), "attention_mask": torch.ones(2, TOKENS, dtype=torch.long)}
 
 
-def _padded() -> dict[str, Any]:
+def padded() -> dict[str, Any]:
     mask = torch.ones(2, TOKENS, dtype=torch.long)
     mask[1, 7:] = 0
-    return {"input_ids": _ids(), "attention_mask": mask}
+    return {"input_ids": ids(), "attention_mask": mask}
 
 
 def _ids_only() -> dict[str, Any]:
-    return {"input_ids": _ids()}
+    return {"input_ids": ids()}
 
 
 def _seq2seq() -> dict[str, Any]:
-    return {**_text(), "decoder_input_ids": _ids(tokens=6)}
+    return {**text(), "decoder_input_ids": ids(tokens=6)}
 
 
 def _boxes() -> Tensor:
@@ -74,7 +74,7 @@ def _boxes() -> Tensor:
     return torch.cat([corner, corner + torch.randint(1, 20, (2, TOKENS, 2))], -1)
 
 
-def _image(size: int = IMAGE, channels: int = 3) -> Callable[[], dict[str, Any]]:
+def image(size: int = IMAGE, channels: int = 3) -> Callable[[], dict[str, Any]]:
     return lambda: {"pixel_values": torch.randn(2, channels, size, size)}
 
 
@@ -98,7 +98,7 @@ class Arch:
     """
 
     name: str
-    inputs: Callable[[], dict[str, Any]] = _text
+    inputs: Callable[[], dict[str, Any]] = text
     config: Mapping[str, Any] = field(default_factory=dict)
     auto: str = "AutoModel"
     attention: tuple[str, ...] = ("eager", "sdpa")
@@ -117,7 +117,7 @@ _CONV1D = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }
-_MOE = {
+MIXTURE = {
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -128,8 +128,8 @@ _MOE = {
     "first_k_dense_replace": 1,
     "decoder_sparse_step": 1,
 }
-_MLA = {
-    **_MOE,
+MLA = {
+    **MIXTURE,
     "q_lora_rank": 20,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
@@ -144,11 +144,11 @@ _STAGES = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_attent
 
 ARCHITECTURES = (
     # encoders
-    Arch("bert", _padded),
+    Arch("bert", padded),
     Arch("bert-mlm", auto=MLM, kind="bert"),
     Arch("bert-classifier", auto="AutoModelForSequenceClassification", kind="bert"),
     Arch("bert-qa", auto="AutoModelForQuestionAnswering", kind="bert", config={"num_labels": 2}),
-    Arch("roberta", _padded),
+    Arch("roberta", padded),
     Arch("xlm-roberta"),
     Arch("camembert", auto=MLM),
     Arch("roberta-prelayernorm"),
@@ -156,8 +156,8 @@ ARCHITECTURES = (
     Arch("xmod", config={"languages": ("en_XX",), "default_language": "en_XX"}),
     Arch("albert", config={"embedding_size": 20}, attention=BOTH),
     Arch("megatron-bert", attention=EAGER),
-    Arch("layoutlm", _with(_text, bbox=_boxes)),
-    Arch("lilt", _with(_text, bbox=_boxes), {"max_2d_position_embeddings": 80}, attention=EAGER),
+    Arch("layoutlm", _with(text, bbox=_boxes)),
+    Arch("lilt", _with(text, bbox=_boxes), {"max_2d_position_embeddings": 80}, attention=EAGER),
     Arch("nystromformer", attention=EAGER, config={"segment_means_seq_len": 10, "num_landmarks": 5}),
     Arch("electra", config={"embedding_size": 20}),
     Arch("convbert", attention=EAGER, config={"embedding_size": 20, "conv_kernel_size": 3}),
@@ -166,7 +166,7 @@ ARCHITECTURES = (
         config={"embedding_size": 20, "intra_bottleneck_size": 24, "true_hidden_size": 24},
         attention=EAGER,
     ),
-    Arch("distilbert", _padded),
+    Arch("distilbert", padded),
     Arch(
         "deberta",
         attention=EAGER,
@@ -235,7 +235,7 @@ ARCHITECTURES = (
     Arch("yoso", attention=EAGER, config={"use_expectation": True}),
     Arch(
         "tapas",
-        _with(_text, token_type_ids=lambda: torch.zeros(2, TOKENS, 7, dtype=torch.long)),
+        _with(text, token_type_ids=lambda: torch.zeros(2, TOKENS, 7, dtype=torch.long)),
         attention=EAGER,
         config={"type_vocab_sizes": [3, 8, 8, 2, 8, 10, 10]},
     ),
@@ -278,7 +278,7 @@ ARCHITECTURES = (
     Arch("gpt_neox", auto=CAUSAL),
     Arch("gpt_neox_japanese", auto=CAUSAL, attention=EAGER),
     Arch("gpt_bigcode", auto=CAUSAL),
-    Arch("gpt_oss", auto=CAUSAL, attention=EAGER, config=_MOE),
+    Arch("gpt_oss", auto=CAUSAL, attention=EAGER, config=MIXTURE),
     Arch("opt", auto=CAUSAL, config={"word_embed_proj_dim": 20}),
     Arch("biogpt", auto=CAUSAL),
     Arch("xglm", auto=CAUSAL, attention=EAGER),
@@ -332,15 +332,15 @@ ARCHITECTURES = (
         config={"alibi": True, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4},
     ),
     Arch("falcon-new", auto=CAUSAL, kind="falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}),
-    Arch("minicpm3", auto=CAUSAL, config=_MLA),
+    Arch("minicpm3", auto=CAUSAL, config=MLA),
     # mixture of experts
-    Arch("mixtral", auto=CAUSAL, config=_MOE),
-    Arch("qwen2_moe", auto=CAUSAL, config=_MOE),
-    Arch("qwen3_moe", auto=CAUSAL, config=_MOE),
-    Arch("olmoe", auto=CAUSAL, config=_MOE),
-    Arch("phimoe", auto=CAUSAL, config=_MOE),
-    Arch("jetmoe", auto=CAUSAL, config={**_MOE, "kv_channels": 12, "num_key_value_heads": 2}),
-    Arch("granitemoe", auto=CAUSAL, config=_MOE),
+    Arch("mixtral", auto=CAUSAL, config=MIXTURE),
+    Arch("qwen2_moe", auto=CAUSAL, config=MIXTURE),
+    Arch("qwen3_moe", auto=CAUSAL, config=MIXTURE),
+    Arch("olmoe", auto=CAUSAL, config=MIXTURE),
+    Arch("phimoe", auto=CAUSAL, config=MIXTURE),
+    Arch("jetmoe", auto=CAUSAL, config={**MIXTURE, "kv_channels": 12, "num_key_value_heads": 2}),
+    Arch("granitemoe", auto=CAUSAL, config=MIXTURE),
     Arch(
         "dbrx",
         auto=CAUSAL,
@@ -350,9 +350,9 @@ ARCHITECTURES = (
             "ffn_config": {"ffn_hidden_size": WIDE, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
         },
     ),
-    Arch("deepseek_v2", auto=CAUSAL, config={**_MLA, "topk_method": "greedy"}),
-    Arch("deepseek_v3", auto=CAUSAL, config=_MLA),
-    Arch("glm4_moe", auto=CAUSAL, config={**_MOE, "n_group": 1, "topk_group": 1}),
+    Arch("deepseek_v2", auto=CAUSAL, config={**MLA, "topk_method": "greedy"}),
+    Arch("deepseek_v3", auto=CAUSAL, config=MLA),
+    Arch("glm4_moe", auto=CAUSAL, config={**MIXTURE, "n_group": 1, "topk_group": 1}),
     Arch(
         "switch_transformers",
         _seq2seq,
@@ -389,7 +389,7 @@ ARCHITECTURES = (
     Arch(
         "jamba",
         config={
-            **_MOE,
+            **MIXTURE,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "expert_layer_period": 2,
@@ -430,7 +430,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "recurrent_gemma",
-        _text,
+        text,
         {"lru_width": HIDDEN, "num_hidden_layers": 3, "attention_window_size": 8, "head_dim": 12},
         CAUSAL,
         EAGER,
@@ -440,7 +440,7 @@ ARCHITECTURES = (
         "qwen3_next",
         auto=CAUSAL,
         config={
-            **_MOE,
+            **MIXTURE,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 10,
@@ -500,80 +500,80 @@ ARCHITECTURES = (
     Arch("prophetnet", _seq2seq, {"num_decoder_attention_heads": HEADS, "ngram": 2, "num_buckets": 8}, SEQ2SEQ, EAGER),
     Arch("fsmt", _seq2seq, {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, SEQ2SEQ, EAGER),
     # vision
-    Arch("vit", _image()),
-    Arch("vit-classifier", _image(), auto="AutoModelForImageClassification", kind="vit"),
-    Arch("deit", _image()),
-    Arch("beit", _image(), {"use_relative_position_bias": True, "use_shared_relative_position_bias": False}),
-    Arch("data2vec-vision", _image(), {"use_relative_position_bias": True}),
-    Arch("dinov2", _image()),
-    Arch("dinov2_with_registers", _image()),
-    Arch("dinov3_vit", _image(), {"num_register_tokens": 2}),
-    Arch("dinov3_convnext", _image(), {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, attention=EAGER),
-    Arch("ijepa", _image()),
-    Arch("vit_msn", _image()),
-    Arch("vit_mae", _with(_image(), noise=lambda: torch.rand(2, 16))),
+    Arch("vit", image()),
+    Arch("vit-classifier", image(), auto="AutoModelForImageClassification", kind="vit"),
+    Arch("deit", image()),
+    Arch("beit", image(), {"use_relative_position_bias": True, "use_shared_relative_position_bias": False}),
+    Arch("data2vec-vision", image(), {"use_relative_position_bias": True}),
+    Arch("dinov2", image()),
+    Arch("dinov2_with_registers", image()),
+    Arch("dinov3_vit", image(), {"num_register_tokens": 2}),
+    Arch("dinov3_convnext", image(), {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, attention=EAGER),
+    Arch("ijepa", image()),
+    Arch("vit_msn", image()),
+    Arch("vit_mae", _with(image(), noise=lambda: torch.rand(2, 16))),
     Arch(
         "swin",
-        _image(),
+        image(),
         {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2},
         attention=BOTH,
     ),
     Arch(
         "swinv2",
-        _image(),
+        image(),
         {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2},
         attention=EAGER,
     ),
     Arch(
         "swin2sr",
-        _image(16),
+        image(16),
         {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 1, "image_size": 16},
         "Swin2SRForImageSuperResolution",
         EAGER,
     ),
     Arch(
         "convnext",
-        _image(),
+        image(),
         {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4},
         attention=EAGER,
     ),
     Arch(
         "convnextv2",
-        _image(),
+        image(),
         {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4},
         attention=EAGER,
     ),
-    Arch("poolformer", _image(64), {**_STAGES, "patch_sizes": [7, 3, 3, 3]}, attention=EAGER),
+    Arch("poolformer", image(64), {**_STAGES, "patch_sizes": [7, 3, 3, 3]}, attention=EAGER),
     Arch(
         "resnet",
-        _image(64),
+        image(64),
         {"embedding_size": 16, "hidden_sizes": [20, 24, 32, 40], "depths": [2, 1, 1, 1], "layer_type": "bottleneck"},
         "AutoModelForImageClassification",
         EAGER,
     ),
     Arch(
         "bit",
-        _image(64),
+        image(64),
         {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [2, 1, 1, 1], "num_groups": 4},
         attention=EAGER,
     ),
     Arch(
         "regnet",
-        _image(64),
+        image(64),
         {"embedding_size": 16, "hidden_sizes": [24, 32, 40, 48], "depths": [2, 1, 1, 1], "groups_width": 8},
         attention=EAGER,
     ),
     Arch(
         "efficientnet",
-        _image(64),
+        image(64),
         {"width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640, "image_size": 64},
         attention=EAGER,
     ),
-    Arch("mobilenet_v1", _image(64), {"depth_multiplier": 0.25}, attention=EAGER),
-    Arch("mobilenet_v2", _image(64), {"depth_multiplier": 0.35}, "AutoModelForImageClassification", EAGER),
+    Arch("mobilenet_v1", image(64), {"depth_multiplier": 0.25}, attention=EAGER),
+    Arch("mobilenet_v2", image(64), {"depth_multiplier": 0.35}, "AutoModelForImageClassification", EAGER),
     Arch(
         "mobilevit",
-        _image(64),
+        image(64),
         {
             "hidden_sizes": [24, 32, 40],
             "neck_hidden_sizes": [8, 12, 16, 20, 24, 28, 40],
@@ -582,10 +582,10 @@ ARCHITECTURES = (
         },
         attention=EAGER,
     ),
-    Arch("mobilevitv2", _image(64), {"image_size": 64, "patch_size": 2, "width_multiplier": 0.5}, attention=EAGER),
+    Arch("mobilevitv2", image(64), {"image_size": 64, "patch_size": 2, "width_multiplier": 0.5}, attention=EAGER),
     Arch(
         "levit",
-        _image(128),
+        image(128),
         {
             "image_size": 128,
             "patch_size": 16,
@@ -601,22 +601,22 @@ ARCHITECTURES = (
     ),
     Arch(
         "pvt",
-        _image(),
+        image(),
         {**_STAGES, "sequence_reduction_ratios": [4, 2, 2, 1], "patch_sizes": [4, 2, 2, 2]},
         attention=EAGER,
     ),
-    Arch("pvt_v2", _image(64), {**_STAGES, "image_size": 64}, attention=EAGER),
+    Arch("pvt_v2", image(64), {**_STAGES, "image_size": 64}, attention=EAGER),
     Arch(
         "cvt",
-        _image(64),
+        image(64),
         {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 2, 3], "patch_sizes": [7, 3, 3]},
         attention=EAGER,
     ),
-    Arch("segformer", _image(64), {**_STAGES, "decoder_hidden_size": 28}, "AutoModelForSemanticSegmentation", EAGER),
-    Arch("glpn", _image(64), {**_STAGES, "decoder_hidden_size": 28}, "GLPNForDepthEstimation", EAGER),
+    Arch("segformer", image(64), {**_STAGES, "decoder_hidden_size": 28}, "AutoModelForSemanticSegmentation", EAGER),
+    Arch("glpn", image(64), {**_STAGES, "decoder_hidden_size": 28}, "GLPNForDepthEstimation", EAGER),
     Arch(
         "focalnet",
-        _image(),
+        image(),
         {
             "embed_dim": 24,
             "hidden_sizes": [24, 48],
@@ -627,10 +627,10 @@ ARCHITECTURES = (
         },
         attention=EAGER,
     ),
-    Arch("swiftformer", _image(64), {"embed_dims": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, attention=EAGER),
+    Arch("swiftformer", image(64), {"embed_dims": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, attention=EAGER),
     Arch(
         "hiera",
-        _image(64),
+        image(64),
         {
             "embed_dim": 16,
             "image_size": [64, 64],
@@ -642,7 +642,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "hgnet_v2",
-        _image(64),
+        image(64),
         {
             "stem_channels": [3, 8, 12],
             "stage_in_channels": [12, 16, 24, 32],
@@ -657,7 +657,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "textnet",
-        _image(64),
+        image(64),
         {
             "stem_out_channels": 16,
             "hidden_sizes": [16, 24, 32, 40, 48],
@@ -670,21 +670,21 @@ ARCHITECTURES = (
     Arch("imagegpt", lambda: {"input_ids": torch.randint(0, 90, (2, 16))}, {"n_positions": 16}, attention=EAGER),
     Arch(
         "detr",
-        _image(64),
+        image(64),
         {"use_timm_backbone": False, "num_queries": 7, "backbone_config": "resnet"},
         "AutoModelForObjectDetection",
         EAGER,
     ),
     Arch(
         "conditional_detr",
-        _image(64),
+        image(64),
         {"use_timm_backbone": False, "num_queries": 7, "backbone_config": "resnet"},
         "AutoModelForObjectDetection",
         EAGER,
     ),
     Arch(
         "deformable_detr",
-        _image(64),
+        image(64),
         {
             "use_timm_backbone": False,
             "num_queries": 7,
@@ -700,7 +700,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "rt_detr",
-        _image(64),
+        image(64),
         {
             "backbone_config": "rt_detr_resnet",
             "encoder_hidden_dim": 32,
@@ -716,10 +716,10 @@ ARCHITECTURES = (
         "AutoModelForObjectDetection",
         EAGER,
     ),
-    Arch("yolos", _image(), {"image_size": [IMAGE, IMAGE], "num_detection_tokens": 6}, "AutoModelForObjectDetection"),
+    Arch("yolos", image(), {"image_size": [IMAGE, IMAGE], "num_detection_tokens": 6}, "AutoModelForObjectDetection"),
     Arch(
         "dpt",
-        _image(),
+        image(),
         {
             "neck_hidden_sizes": [12, 16, 20, 24],
             "fusion_hidden_size": 28,
@@ -730,7 +730,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "sam",
-        _with(_image(64), input_points=lambda: torch.rand(2, 1, 3, 2) * 60),
+        _with(image(64), input_points=lambda: torch.rand(2, 1, 3, 2) * 60),
         {
             "vision_config": {
                 "image_size": 64,
@@ -780,7 +780,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "vitdet",
-        _image(),
+        image(),
         {"window_block_indices": [0], "window_size": 2, "use_relative_position_embeddings": True},
         attention=EAGER,
     ),
@@ -795,7 +795,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "upernet",
-        _image(64),
+        image(64),
         {
             "backbone_config": "convnext",
             "hidden_size": 28,
@@ -847,20 +847,20 @@ ARCHITECTURES = (
     ),
     Arch(
         "whisper",
-        lambda: {"input_features": torch.randn(2, 20, 40), "decoder_input_ids": _ids(tokens=6)},
+        lambda: {"input_features": torch.randn(2, 20, 40), "decoder_input_ids": ids(tokens=6)},
         {"num_mel_bins": 20, "max_source_positions": 20},
         "WhisperForConditionalGeneration",
     ),
     Arch(
         "speech_to_text",
-        lambda: {"input_features": torch.randn(2, 40, 20), "decoder_input_ids": _ids(tokens=6)},
+        lambda: {"input_features": torch.randn(2, 40, 20), "decoder_input_ids": ids(tokens=6)},
         {"input_feat_per_channel": 20, "conv_channels": 28, "max_source_positions": 64},
         "Speech2TextForConditionalGeneration",
         EAGER,
     ),
     Arch(
         "moonshine",
-        lambda: {"input_values": torch.randn(2, 3000), "decoder_input_ids": _ids(tokens=6)},
+        lambda: {"input_values": torch.randn(2, 3000), "decoder_input_ids": ids(tokens=6)},
         {
             "decoder_num_key_value_heads": 4,
             "encoder_num_key_value_heads": 4,
@@ -871,7 +871,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "speecht5",
-        lambda: {"input_values": torch.randn(2, 800), "decoder_input_ids": _ids(tokens=6)},
+        lambda: {"input_values": torch.randn(2, 800), "decoder_input_ids": ids(tokens=6)},
         _CONV1D,
         "SpeechT5ForSpeechToText",
         EAGER,
@@ -925,7 +925,7 @@ ARCHITECTURES = (
     Arch(
         "clap",
         lambda: {
-            "input_ids": _ids(),
+            "input_ids": ids(),
             "attention_mask": torch.ones(2, TOKENS, dtype=torch.long),
             "input_features": torch.randn(2, 1, 64, 16),
         },
@@ -946,8 +946,8 @@ ARCHITECTURES = (
         attention=EAGER,
     ),
     # multimodal
-    Arch("clip", lambda: {**_text(), **_image()()}),
-    Arch("siglip", lambda: {**_text(), **_image()()}, {"text_config": {"projection_size": HIDDEN}}),
+    Arch("clip", lambda: {**text(), **image()()}),
+    Arch("siglip", lambda: {**text(), **image()()}, {"text_config": {"projection_size": HIDDEN}}),
     Arch(
         "siglip2",
         lambda: {
@@ -960,51 +960,51 @@ ARCHITECTURES = (
         BOTH,
         "siglip2_vision_model",
     ),
-    Arch("chinese_clip", lambda: {**_text(), **_image()()}, attention=EAGER),
-    Arch("altclip", lambda: {**_text(), **_image()()}, {"text_config": {"project_dim": 40}}, attention=EAGER),
-    Arch("metaclip_2", lambda: {**_text(), **_image()()}),
+    Arch("chinese_clip", lambda: {**text(), **image()()}, attention=EAGER),
+    Arch("altclip", lambda: {**text(), **image()()}, {"text_config": {"project_dim": 40}}, attention=EAGER),
+    Arch("metaclip_2", lambda: {**text(), **image()()}),
     Arch(
         "clipseg",
-        lambda: {**_text(), **_image()()},
+        lambda: {**text(), **image()()},
         {"reduce_dim": 12, "extract_layers": [0, 1], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 28},
         "CLIPSegForImageSegmentation",
         EAGER,
     ),
     Arch(
         "owlvit",
-        lambda: {"input_ids": _ids(), "attention_mask": torch.ones(2, TOKENS, dtype=torch.long), **_image()()},
+        lambda: {"input_ids": ids(), "attention_mask": torch.ones(2, TOKENS, dtype=torch.long), **image()()},
         {"text_config": {"max_position_embeddings": 16}},
         attention=EAGER,
     ),
     Arch(
         "groupvit",
-        lambda: {**_text(), **_image()()},
+        lambda: {**text(), **image()()},
         {
             "vision_config": {"depths": [1, 1, 1], "num_group_tokens": [6, 4, 0], "num_output_groups": [6, 4, 0]},
             "projection_intermediate_dim": 52,
         },
         attention=EAGER,
     ),
-    Arch("blip", lambda: {**_text(), **_image()()}, {"text_config": {"encoder_hidden_size": HIDDEN}}, attention=EAGER),
+    Arch("blip", lambda: {**text(), **image()()}, {"text_config": {"encoder_hidden_size": HIDDEN}}, attention=EAGER),
     Arch(
         "blip-retrieval",
-        lambda: {**_text(), **_image()()},
+        lambda: {**text(), **image()()},
         {"text_config": {"encoder_hidden_size": HIDDEN}, "image_text_hidden_size": 20},
         "BlipForImageTextRetrieval",
         EAGER,
         "blip",
     ),
-    Arch("git", lambda: {**_text(), **_image()()}, auto=CAUSAL, attention=EAGER),
-    Arch("flava", lambda: {**_text(), **_image()()}, attention=EAGER),
+    Arch("git", lambda: {**text(), **image()()}, auto=CAUSAL, attention=EAGER),
+    Arch("flava", lambda: {**text(), **image()()}, attention=EAGER),
     Arch(
         "vilt",
-        lambda: {**_text(), **_image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)},
+        lambda: {**text(), **image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)},
         {"max_image_length": 16},
         attention=EAGER,
     ),
     Arch(
         "bridgetower",
-        lambda: {**_text(), **_image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)},
+        lambda: {**text(), **image()(), "pixel_mask": torch.ones(2, IMAGE, IMAGE, dtype=torch.long)},
         {
             "text_config": {"num_hidden_layers": 2, "hidden_size": 64},
             "num_hidden_layers": 2,
@@ -1016,19 +1016,19 @@ ARCHITECTURES = (
     ),
     Arch(
         "lxmert",
-        _with(_text, visual_feats=lambda: torch.randn(2, 5, 28), visual_pos=lambda: torch.randn(2, 5, 4)),
+        _with(text, visual_feats=lambda: torch.randn(2, 5, 28), visual_pos=lambda: torch.randn(2, 5, 4)),
         {"visual_feat_dim": 28, "l_layers": 2, "r_layers": 1, "x_layers": 1},
         attention=EAGER,
     ),
     Arch(
         "visual_bert",
-        _with(_text, visual_embeds=lambda: torch.randn(2, 5, 28)),
+        _with(text, visual_embeds=lambda: torch.randn(2, 5, 28)),
         {"visual_embedding_dim": 28},
         attention=EAGER,
     ),
     Arch(
         "llava",
-        lambda: {"input_ids": torch.cat([torch.full((2, 16), 96), _ids()], 1), **_image()()},
+        lambda: {"input_ids": torch.cat([torch.full((2, 16), 96), ids()], 1), **image()()},
         {"image_token_index": 96, "image_token_id": 96, "vision_config": "clip_vision_model", "text_config": "llama"},
         "LlavaForConditionalGeneration",
     ),
@@ -1050,7 +1050,7 @@ ARCHITECTURES = (
     Arch(
         "layoutlmv3",
         _with(
-            _text,
+            text,
             bbox=lambda: torch.randint(0, 50, (2, TOKENS, 4)),
             pixel_values=lambda: torch.randn(2, 3, IMAGE, IMAGE),
         ),
@@ -1059,7 +1059,7 @@ ARCHITECTURES = (
     ),
     Arch(
         "trocr",
-        lambda: {"input_ids": _ids(), "encoder_hidden_states": torch.randn(2, 7, 28)},
+        lambda: {"input_ids": ids(), "encoder_hidden_states": torch.randn(2, 7, 28)},
         {"cross_attention_hidden_size": 28, "hidden_size": 48},
         "TrOCRForCausalLM",
         EAGER,
@@ -1067,8 +1067,8 @@ ARCHITECTURES = (
     Arch(
         "kosmos-2",
         lambda: {
-            **_image()(),
-            "input_ids": _ids(tokens=12),
+            **image()(),
+            "input_ids": ids(tokens=12),
             "image_embeds_position_mask": torch.tensor([[0] + [1] * 4 + [0] * 7] * 2),
         },
         {"latent_query_num": 4, "text_config": {"embed_dim": 48, "layers": 2}},
@@ -1224,7 +1224,11 @@ _PARTS = {
 
 def build(name: str) -> Case:
     """A model with random weights and inputs for it."""
-    arch, implementation = _BY_NAME[name]
+    return build_arch(*_BY_NAME[name])
+
+
+def build_arch(arch: Arch, implementation: str) -> Case:
+    """A model of one architecture, by the name of an attention or of a way to run experts."""
     config = _config(arch)
     experts = {"grouped": "grouped_mm", "batched": "batched_mm"}.get(implementation, "eager")
     if experts != "eager":
