@@ -139,6 +139,9 @@ def _repeat_interleave(site: CallSite) -> None:
         inner, outer = site.label(site.arg(0, "input")), site.out
         d = dim % len(outer)
         site.set(1, "repeats", _copies(site, repeats, inner[d], outer[d]))
+        total = site.arg(3, "output_size")
+        if total is not None:
+            site.set(3, "output_size", site.shrink(total, outer[d]))
 
 
 def _split(site: CallSite) -> None:

@@ -244,6 +244,8 @@ def test_in_place_forms_share_their_rule() -> None:
         lambda y: y[:, ::2].repeat(1, 2, 1, 1),
         lambda y: y[:, torch.arange(8).flip(0)],
         lambda y: F.unfold(y, 1).view(y.shape),
+        lambda y: y.repeat_interleave(2, dim=1, output_size=y.shape[1] * 2)[:, ::2],
+        lambda y: torch.repeat_interleave(y, 2, dim=1, output_size=16).unflatten(1, (8, 2)).sum(2),
         lambda y: F.pad(y[:, :6], (0, 0, 0, 0, 0, y.shape[1] - 6)) + y,
         lambda y: y.reshape(y.shape[0], 4, 2, 4, 4).amax(2).repeat(1, 2, 1, 1),
         lambda y: F.local_response_norm(y, 3),
