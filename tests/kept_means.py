@@ -54,10 +54,8 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, dense: _Calls | None = None, slim: _Calls | None = None) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.seen: list[Tensor] = []
         self.dense, self.slim = dense, slim
-        if dense is not None and slim is not None:
-            assert len(dense.seen) == len(slim.seen), "the slim module makes other calls than the model"
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,9 +86,9 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         call = len(self.seen) - 1
         if call >= len(self.dense.seen):
-            raise UndecidedError("the model makes other calls once its units are masked")
+            raise OtherCallsError("the model makes other calls once its units are masked")
         before, after = self.dense.seen[call], self.slim.seen[call]
-        if after is None or before.shape != x.shape or after.dim() != x.dim():
+        if before.shape != x.shape or after.dim() != x.dim():
             return func(*args, **kwargs)
         gamma = kwargs.get("weight", args[2] if len(args) > 2 else None) if func in _NORMS else None
         kept = {}
@@ -129,6 +127,10 @@ class _Einsum:
 
 class UndecidedError(Exception):
     """Nothing tells which indices do not exist."""
+
+
+class OtherCallsError(UndecidedError):
+    """Calls of the model can't be told apart from those that only one of the two modules makes."""
 
 
 def _runs_over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -258,6 +260,15 @@ def masked_run(
 
     Both modules run in the mode that they are in; gradients reach the copy's parameters.
     """
+    try:
+        return _masked_run(model, slim, args, kwargs)
+    except OtherCallsError:  # the graph of the model makes those of every expert, and none that nobody reads
+        return _masked_run(chase_fx.trace(model, args, dict(kwargs)), slim, args, kwargs)
+
+
+def _masked_run(
+    model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, nn.Module]:
     dense, thin = _Calls(), _Calls()
     states = [(m, {n: b.clone() for n, b in m.named_buffers()}) for m in (model, slim)]
     with torch.no_grad():
@@ -269,7 +280,7 @@ def masked_run(
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
     if len(dense.seen) != len(thin.seen):
-        thin.seen = _beside(dense.seen, thin.seen, model, args, kwargs)
+        raise OtherCallsError("the slim module makes other calls than the model")
     kept = slim.plan.kept_indices()
     masked = masked_copy(model, kept)
     whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
@@ -290,27 +301,7 @@ def _masked_result(
     with calls:
         out = _drawn(masked, args, kwargs)
     if len(calls.seen) != len(dense.seen):  # such as those of experts that only one of the two chooses
-        raise UndecidedError("the model makes other calls once its units are masked")
-    return out
-
-
-def _beside(
-    dense: list[Tensor], slim: list[Tensor], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Tensor | None]:
-    """The calls of the slim module beside those of the model; none where a graph has left out what nobody reads.
-
-    The graph of the whole model makes the same calls as the slim one, and sees the same values as the model.
-    """
-    graph, traced = _Calls(), chase_fx.trace(model, args, dict(kwargs))
-    with torch.no_grad(), graph:
-        _drawn(traced, args, kwargs)
-    assert len(graph.seen) == len(slim), "the slim module makes other calls than the graph of the model"
-    left = list(zip(graph.seen, slim, strict=True))
-    out: list[Tensor | None] = []
-    for seen in dense:
-        same = left and seen.shape == left[0][0].shape and torch.allclose(seen, left[0][0], 1e-12, 0, equal_nan=True)
-        out.append(left.pop(0)[1] if same else None)
-    assert not left, "the slim module makes other calls than the model"
+        raise OtherCallsError("the model makes other calls once its units are masked")
     return out
 
 
