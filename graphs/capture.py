@@ -30,7 +30,7 @@ from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.merge import FLAG, merge, share_constants
-from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, other_precision
+from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standins import ValuesNeeded
@@ -170,6 +170,8 @@ def _followers(
     On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data. Where neither
     works nothing is known, and nothing follows.
     """
+    if not may_follow(graph, precision[0]):
+        return []
     root = _copy(model)
     for device in (torch.device("meta"), None):
         with in_precision(root, *precision, device) as moved:

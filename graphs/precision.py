@@ -8,7 +8,6 @@ the Python of a forward and no arithmetic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-__all__ = ["Change", "apply_changes", "compare", "complex_of", "in_precision", "limit_of", "other_precision"]
+__all__ = [
+    "Change",
+    "apply_changes",
+    "compare",
+    "complex_of",
+    "in_precision",
+    "limit_of",
+    "may_follow",
+    "other_precision",
+]
 
 _LIMITS = ("min", "max", "eps", "tiny", "resolution")
+_FACTORS = frozenset(
+    {1.0, 2.0, 4.0, 8.0, 10.0, 100.0, 0.5, 0.25, 0.125, 0.1, 0.01}
+)  # multiples that a forward may take
 
 
 @dataclass(frozen=True)
@@ -136,18 +147,46 @@ def _call(node: Node) -> tuple[Any, ...]:
     return (node.op,) if node.op == "get_attr" else (node.op, node.target)  # constants have other names in train mode
 
 
+def may_follow(graph: Graph, own: torch.dtype) -> bool:
+    """Whether any argument in ``graph`` looks as if it was made from dtype ``own``."""
+    found = False
+
+    def look(value: Any) -> None:
+        nonlocal found
+        if isinstance(value, (tuple, list)):
+            for v in value:
+                look(v)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+        elif isinstance(value, (float, torch.dtype)):
+            found = found or any(True for _ in _ways(value, own))
+
+    for node in graph.nodes:
+        look((node.args, node.kwargs))
+        if found:
+            return True
+    return False
+
+
 def _made(a: Any, b: Any, own: torch.dtype, other: torch.dtype) -> tuple[Any, ...] | None:
     """How constant ``a`` was made from dtype ``own``, if ``b`` was made in the same way from ``other``."""
-    if isinstance(a, torch.dtype) and isinstance(b, torch.dtype):
-        if a is own and b is other:
-            return ()
-        return (complex_of,) if a is own.to_complex() and b is other.to_complex() else None
-    if isinstance(a, float) and isinstance(b, float) and a != b:
+    if type(a) is not type(b) or (isinstance(a, float) and a == b):
+        return None
+    return next((way for way in _ways(a, own) if way in _ways(b, other)), None)
+
+
+def _ways(value: Any, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Every way to make a constant from a dtype: the dtype itself, its complex one, a round multiple of its limits."""
+    if isinstance(value, torch.dtype):
+        if value is dtype:
+            yield ()
+        elif value is dtype.to_complex():
+            yield (complex_of,)
+    elif isinstance(value, float):
         for name in _LIMITS:
-            factor = a / limit_of(own, name, 1.0)
-            if math.isfinite(factor) and factor and limit_of(other, name, factor) == b:
-                return (limit_of, name, factor)
-    return None
+            factor = value / limit_of(dtype, name, 1.0)
+            if abs(factor) in _FACTORS:
+                yield (limit_of, name, factor)
 
 
 def apply_changes(graph: Graph, changes: list[Change], root: nn.Module, own: torch.dtype) -> None:
