@@ -244,6 +244,7 @@ class Axes:
 
     def __init__(self) -> None:
         self._serial = 0
+        self.told_by_weights: set[Cause] = set()  # why dims of inputs are fixed that a weight is multiplied with
 
     def atom(self, size: int, owner: AxisName) -> Axis:
         """A fresh axis of ``size`` free units. A single unit can never go, since its dim would be empty: fixed."""

@@ -372,3 +372,20 @@ def test_grouped_products() -> None:
     channels = chase_fx.analyze(chase_fx.trace(net, torch.randn(6, 5)))
     ranked = channels.plan(0.55, scope="global")
     assert all(n % 4 == 0 for n in ranked.new_shape("up")[1:])
+
+
+def test_a_width_that_an_input_tells_is_no_space() -> None:
+    """Attention that reads its width from an input which its weights are multiplied with prunes its heads."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        length, batch, width = x.shape
+        q, k, v = (layer(x).view(length, batch * 4, width // 4).transpose(0, 1) for layer in (m.q, m.k, m.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(length, batch, width)
+        return m.out(y)
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 12, dtype=torch.float64)
+    net = Net(forward, **{name: nn.Linear(12, 12) for name in "qkv"}, out=nn.Linear(12, 3))
+    slim = chase_fx.prune(net.double(), x)
+    assert slim.get_parameter("q.weight").shape == (6, 12)
+    assert slim(torch.randn(7, 3, 12, dtype=torch.float64)).shape == (7, 3, 3)

@@ -11,7 +11,7 @@ import torch
 from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of
 from chase_fx.graphs.tape import Slot, TapedOp
 
-__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "is_space"]
+__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
 Labels = tuple[Axis, ...]
 
@@ -92,6 +92,13 @@ class LabelledOp:
         self._connect(a, b)
         self.axes.unify(a, b, self.cause)
 
+    def multiply(self, a: Axis, b: Axis) -> None:
+        """The two axes are summed over together. What is no channel meets a weight, so its size is told by that."""
+        for fixed, other in ((a, b), (b, a)):
+            if isinstance(fixed, Fixed) and isinstance(other, Atom) and not other.weak:
+                self.axes.told_by_weights.add(fixed.cause)
+        self.tie(a, b)
+
     def _connect(self, a: Axis, b: Axis) -> None:
         left, right = dict.fromkeys(_owners(a)), dict.fromkeys(_owners(b))
         if len(left) == len(right):
@@ -153,9 +160,20 @@ class LabelledOp:
         if len(self.op.sizes) != len(self.out.shape):
             return [None] * len(self.out.shape)
         return [
-            None if read is None else {is_space(self._labels[slot.index][d]) for slot, d in read}
+            None if read is None else {self.is_space(self._labels[slot.index][d]) for slot, d in read}
             for read in self.op.sizes
         ]
+
+    def is_space(self, axis: Axis) -> bool:
+        """Whether an axis never was one of channels: batch, space, sequence. One that was frozen since does not count.
+
+        Nor does a dim of an input that a weight is multiplied with: its size is that of the weight.
+        """
+        if isinstance(axis, Fixed):
+            told = axis.cause.op == "size 1" or axis.cause.detail in _TOLD_BY_CODE
+            return not told and axis.cause not in self.axes.told_by_weights
+        parts = axis.parts if isinstance(axis, Cat) else axis.factors if isinstance(axis, Prod) else ()
+        return bool(parts) and all(map(self.is_space, parts))
 
     def all_fixed(self, detail: str) -> list[Labels]:
         """Freeze everything that goes in; everything that comes out is fixed."""
@@ -182,14 +200,6 @@ def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
 
 # Details of axes that are no channels and whose size the code tells, whatever goes in.
 _TOLD_BY_CODE = frozenset({"stacked", "a window", "pixels", "real and imaginary", "kernel size"})
-
-
-def is_space(axis: Axis) -> bool:
-    """Whether an axis never was one of channels: batch, space, sequence. One that was frozen since does not count."""
-    if isinstance(axis, Fixed):
-        return axis.cause.op != "size 1" and axis.cause.detail not in _TOLD_BY_CODE
-    parts = axis.parts if isinstance(axis, Cat) else axis.factors if isinstance(axis, Prod) else ()
-    return bool(parts) and all(map(is_space, parts))
 
 
 Rule = Callable[[LabelledOp], "Labels | Sequence[Labels] | Refusal"]

@@ -66,7 +66,7 @@ def grouped_output(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, *, tran
     """The output channels of a convolution; groups x channels in a group are one joint choice for both of its sides."""
     if groups == 1:
         inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
-        op.tie(x_axis, inner)
+        op.multiply(x_axis, inner)
         return outer
     if transposed:
         group, _ = op.split(w[0], groups, w[0].size // groups)
@@ -84,7 +84,7 @@ def grouped_output(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, *, tran
 def linear(op: LabelledOp) -> Labels:
     """``linear(x, w, bias)``: x (..., I), w (O, I) -> (..., O)."""
     x, w, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
-    op.tie(op[x][-1], op[w][1])
+    op.multiply(op[x][-1], op[w][1])
     op.contract(x, len(x.shape) - 1)
     op.produce(op[w][0])
     if bias is not None:
@@ -99,7 +99,7 @@ def _matmul(op: LabelledOp, a: Slot, b: Slot) -> Labels:
         op.tie(x, y)
         op.carry(x)
         batch.append(x)
-    op.tie(la[-1], lb[-2])
+    op.multiply(la[-1], lb[-2])
     op.contract(a, len(a.shape) - 1)
     op.produce(la[-2])
     op.produce(lb[-1])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from chase_fx.graphs.axes import Axis, Prod, atoms_of
-from chase_fx.graphs.rules.base import LabelledOp, Labels, is_space
+from chase_fx.graphs.rules.base import LabelledOp, Labels
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 
@@ -40,12 +40,12 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     for dims, ends in _blocks([axis.size for axis in before], op.out.shape):
         if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out):
             continue
-        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if is_space(before[dim])]
+        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(before[dim])]
         if any(found is not None and True not in found for found in (read[d] for d in covering)):
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
             return True
-    lead_in, tail_in = (sum(map(is_space, part)) for part in (before[: live_in[0]], before[live_in[-1] + 1 :]))
+    lead_in, tail_in = (sum(map(op.is_space, part)) for part in (before[: live_in[0]], before[live_in[-1] + 1 :]))
     lead_out, tail_out = (sum(r == {True} for r in part) for part in (read[: live_out[0]], read[live_out[-1] + 1 :]))
     return lead_in > lead_out and tail_out > tail_in == 0
 
