@@ -237,6 +237,8 @@ def test_in_place_forms_share_their_rule() -> None:
         lambda y: F.avg_pool2d(y, 2).repeat_interleave(2, 2).repeat_interleave(2, 3),
         lambda y: y.gather(2, torch.zeros(1, 1, 4, 1).long().repeat(y.shape[0], y.shape[1], 1, y.shape[3])),
         lambda y: y * y.mean(1, keepdim=True).repeat_interleave(y.shape[1], 1),
+        lambda y: F.avg_pool2d(y.movedim(1, -1), (2, 1), (2, 1)).repeat_interleave(2, 2).movedim(-1, 1),
+        lambda y: F.max_pool2d(y.movedim(1, -1), (3, 1), (1, 1), (1, 0)).movedim(-1, 1),
         lambda y: y.roll(1, 2).flip(3),
         lambda y: (y.flatten(2) @ y.flatten(2).transpose(1, 2)).softmax(-1).sum(-1)[:, :, None, None] * y,
         lambda y: y * y.new_ones(y.shape[1])[:, None, None],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from chase_fx.graphs.axes import Prod
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["col2im", "grid_sample", "im2col", "over_last", "transform"]
+__all__ = ["col2im", "grid_sample", "im2col", "over_last", "pooling", "transform"]
 
 
 def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
@@ -20,6 +20,28 @@ def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
             op.freeze(axis, "not a channel dim")
         lead = labels[: len(labels) - k]
         return [(*lead, *(op.fixed(n) for n in out.shape[len(lead) :])) for out in op.op.outs]
+
+    return rule
+
+
+def pooling(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
+    """A rule for windows over the last ``k`` dims: one along which a window holds a single index passes.
+
+    x: (..., C, *s) -> (..., C, *s')
+    """
+
+    def rule(op: LabelledOp) -> Sequence[Labels]:
+        x = op.arg(0, "self")
+        kernel = list(op.named("kernel_size"))
+        sizes = [kernel, list(op.named("stride") or kernel), op.named("padding", 0)]
+        labels = list(op[x])
+        for i in range(k):
+            window, step, border = (v if isinstance(v, int) else v[i % len(v)] for v in sizes)
+            d = len(labels) - k + i
+            if (window, step, border) != (1, 1, 0):
+                op.freeze(labels[d], "not a channel dim")
+                labels[d] = op.fixed(op.out.shape[d])
+        return [tuple(labels), *(tuple(op.fixed(n, "places of maxima") for n in out.shape) for out in op.op.outs[1:])]
 
     return rule
 
