@@ -80,17 +80,21 @@ def _calibrate(model: nn.Module, args: tuple[Any, ...]) -> None:
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    model(*args)
-    model.eval()
-    for norm, value in zip(norms, momentum, strict=True):
-        norm.momentum = value
-        norm.running_var.add_(1e-3)
-    torch.set_rng_state(rng)
+    try:
+        model(*args)
+    finally:  # also for a model that double precision stops
+        model.eval()
+        for norm, value in zip(norms, momentum, strict=True):
+            norm.momentum = value
+            norm.running_var.add_(1e-3)
+        torch.set_rng_state(rng)
 
 
 def masked_copy(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of ``model`` in which the removed slices of each parameter are zero."""
     masked = copy.deepcopy(model)
+    for own, module in zip(masked.modules(), model.modules(), strict=True):
+        own.training = module.training  # a copy of a feature extractor comes in train mode
     names = {name for name, _ in masked.named_parameters(remove_duplicate=False)}
     assert names <= set(kept), "kept_indices() must name every parameter"
     with torch.no_grad():

@@ -36,4 +36,4 @@ def build(name: str) -> Case:
     if name in SEGMENTATION:
         return Case(model.eval(), (torch.randn(2, 3, 64, 64),))
     side = 300 if name == "ssd300_vgg16" else 64
-    return Case(model.backbone.eval(), (torch.randn(1, 3, side, side),))
+    return Case(model.backbone.eval(), (torch.randn(2, 3, side, side),))
