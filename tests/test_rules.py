@@ -306,6 +306,21 @@ def test_views_across_space_hold_at_every_size(step: Callable[[Tensor], Tensor],
     assert_exact(net, slim, (larger,))
 
 
+def test_unpooling_ties_values_to_places() -> None:
+    """What is put back by the places of other channels' maxima has the channels of those."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        pooled, places = F.max_pool2d(m.a(x), 2, return_indices=True)
+        return m.out(F.max_unpool2d(m.b(pooled), places, 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    net = randomise(Net(forward, a=conv(3, 8), b=conv(8, 8), out=conv(8, 2)), (x,))
+    slim = chase_fx.prune(net, x, score="random").eval()
+    assert slim.plan.new_shape("b.weight") == (4, 4, 1, 1)
+    assert_exact(net, slim, (x,))
+
+
 def test_tables_that_a_forward_makes_by_place() -> None:
     """Sinusoidal positions, frequencies and identities made in a forward freeze no channels: kept places are taken."""
 

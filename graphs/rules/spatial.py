@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from chase_fx.graphs.axes import Prod
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["col2im", "grid_sample", "im2col", "over_last", "pooling", "transform"]
+__all__ = ["col2im", "grid_sample", "im2col", "over_last", "pooling", "transform", "unpool"]
 
 
 def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
@@ -41,9 +41,22 @@ def pooling(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
             if (window, step, border) != (1, 1, 0):
                 op.freeze(labels[d], "not a channel dim")
                 labels[d] = op.fixed(op.out.shape[d])
-        return [tuple(labels), *(tuple(op.fixed(n, "places of maxima") for n in out.shape) for out in op.op.outs[1:])]
+        lead = labels[: len(labels) - k]
+        places = [(*lead, *(op.fixed(n, "places of maxima") for n in out.shape[-k:])) for out in op.op.outs[1:]]
+        return [tuple(labels), *places]
 
     return rule
+
+
+def unpool(op: LabelledOp) -> Labels:
+    """``max_unpool2d(x, indices)``: both (N, C, *s) -> (N, C, *s'), each channel by its own places."""
+    x, indices = op.arg(0, "self"), op.arg(1, "indices")
+    lead = len(x.shape) - (3 if "3d" in op.name else 2)
+    for a, b in zip(op[x][:lead], op[indices][:lead], strict=True):
+        op.tie(a, b)
+    for axis in (*op[x][lead:], *op[indices][lead:]):
+        op.freeze(axis, "not a channel dim")
+    return (*op[x][:lead], *(op.fixed(n) for n in op.out.shape[lead:]))
 
 
 def grid_sample(op: LabelledOp) -> Labels:
