@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chase_fx.errors import UnsupportedOpError
-from chase_fx.graphs.axes import Atom, Axes, Axis, Cause, Fixed, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import Capture, TraceInfo
+from chase_fx.graphs.unification import Axes
 from chase_fx.graphs.vanishing import freeze_what_stays
 
 __all__ = ["Labelling", "Unknown", "propagate"]

@@ -10,67 +10,36 @@ import functools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Graph, Node
-from torch.overrides import TorchFunctionMode
+from torch.fx import Node
 
-from chase_fx.errors import CaptureError
-from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
-from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
-from chase_fx.graphs.live import LiveFloat, LiveInt, Watchful, fix, plain
+from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
-from chase_fx.graphs.provenance import view_sizes
+from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import is_own, reachable_code
+from chase_fx.graphs.reads import SIZE_CALLS, Reads
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
-from chase_fx.graphs.standins import StandIns
-from chase_fx.graphs.tape import Tape, TapeMode
-from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
-from chase_fx.graphs.walk import modules_of
-from chase_fx.graphs.whole import Function, FunctionName, bindings, enclosing
+from chase_fx.graphs.trees import holds_tensor
+from chase_fx.graphs.whole import Function, bindings
 
 __all__ = ["Recorder"]
 
 # Python functions that torch presents as one call although they hold sizes (embed_dim == heads * head_dim).
 _EXPANDED: frozenset[Callable[..., Any]] = frozenset({F.multi_head_attention_forward})
 
-# Properties whose value is no tensor and no size; reading them leaves no trace.
-_PLAIN_PROPERTIES = frozenset(
-    {
-        "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
-        "ndim", "is_leaf", "grad_fn", "grad", "names", "is_nested", "itemsize", "is_mps", "is_xpu", "is_xla",
-        "_version", "_backward_hooks", "output_nr", "_base", "name", "is_mkldnn", "is_sparse_csr", "is_ipu",
-        "is_vulkan", "is_ort", "is_hpu", "is_maia", "is_mtia",
-    }
-)  # fmt: skip
-# Calls whose result is a Python value computed from tensor *data*: the graph is specialised to it.
-_READS_DATA = frozenset(
-    {
-        "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "equal", "allclose",
-        "is_nonzero", "__array__", "__contains__",
-    }
-)  # fmt: skip
-_READS_NUMBERS = frozenset({"item", "tolist"})
-# Calls that give a Python value which does not depend on the data.
-_ABOUT = frozenset(
-    {
-        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "stride",
-        "storage_offset", "element_size", "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
-        "is_tensor", "is_storage", "is_pinned", "is_shared", "__hash__", "register_hook",
-    }
-)  # fmt: skip
 # Calls that read indices from a tensor without an ATen call that would tell.
 _READS_INDICES = frozenset({"tensor_split", "hsplit", "vsplit", "dsplit"})
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
@@ -80,14 +49,10 @@ _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
 _DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
 # Calls whose result is as many tensors as the size of a dim says.
 _COUNTED = frozenset({"unbind", "split", "chunk", "unsafe_split", "unsafe_chunk"})
-_SIZE_CALLS = frozenset({"size", "numel", "nelement", "__len__", "dim", "ndimension", "stride"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
-Patch = tuple[Any, str, Any]  # owner, attribute, what it is while recording
-
-
-class Recorder(TorchFunctionMode):
+class Recorder(Reads):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
     def __init__(
@@ -99,33 +64,17 @@ class Recorder(TorchFunctionMode):
         *,
         values: bool,
     ) -> None:
-        super().__init__()
-        self.root = root
+        super().__init__(root, device, values=values)
         self.leaves = leaves
         self.whole = whole
-        self.deciders: dict[str, tuple[FunctionName, ...]] = {}
-        self.reads: dict[str, tuple[FunctionName, ...]] = {}
-        self.graph = Graph()
-        self.tape = Tape()
-        self.modules = modules_of(root)
-        self.arguments = Arguments(self.modules, self.graph, self.tape, device)
-        self.specialised = self.arguments.specialised
-        self.standins = None if values else StandIns()
-        self.tape_mode = TapeMode(self.tape, self.standins)
-        self.reads_training = False
-        self.reads_dtype = False  # of a tensor of floats
         self.code = reachable_code(root)
+        self.reads_training = False
         self.unroll = True
-        self.loops = Loops(frozenset())
-        self.may_hash = False
         self.unrolled = False
-        self._inlined = False
+        self.loops = Loops(frozenset())
         self.results: tuple[torch.Tensor, ...] = ()
-        self._measures_at = ""
-        self._guards: set[tuple[Any, ...]] = set()
+        self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
-        self._names = {id(m): name for name, m in reversed(self.modules)}
-        self._active = False
         self._leaf_reads_training = False
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -152,7 +101,7 @@ class Recorder(TorchFunctionMode):
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
-            with _patched(patches), live_calls(self.code), self.tape_mode, self:
+            with patched(patches), live_calls(self.code), self.tape_mode, self:
                 self._active = True
                 yield
         finally:
@@ -221,47 +170,6 @@ class Recorder(TorchFunctionMode):
         """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
         return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
 
-    def recording(self) -> bool:
-        """Whether live numbers are to write their arithmetic down."""
-        return self._active
-
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-        """Write the arithmetic ``fn(*args)`` of live numbers."""
-        return self.arguments.number(fn, args)
-
-    def guard(self, left: Any, comparison: str, right: Any, holds: bool) -> None:
-        """Write down that the forward decided by ``left comparison right``; once for each pair of numbers."""
-        a, b = self.arguments.to_fx(left), self.arguments.to_fx(right)
-        if a is b:
-            return
-        key = (a, comparison, b, type(b))
-        if key not in self._guards:
-            self._guards.add(key)
-            line = source_line()
-            self.deciders.setdefault(line, enclosing())
-            self.arguments.call(check, (a, comparison, b, holds, line), plain=True)
-
-    def finish(self, out: Any) -> None:
-        """Write the forward's result; live sizes in it still write nodes."""
-        self._active = True
-        self.graph.output(self.arguments.output_to_fx(out))
-        if self._measures_at:
-            self.arguments.guard_ranks(self._measures_at)
-        self._active = False
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        self._active = False
-        try:
-            yield
-        finally:
-            self._active = True
-
-    def _need_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The data of the tensors among the arguments matter."""
-        if self.standins is not None:
-            self.standins.need([self.tape.slot_of(t) for t in tensors_in((args, kwargs))])
-
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def _call_module(
@@ -316,7 +224,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._read_property(func, args)
-        if name in _SIZE_CALLS:
+        if name in SIZE_CALLS:
             return self._read_size(name, func, args, kwargs)
         if name in ("__set__", "__delete__"):
             return self._write_property(func, args)
@@ -351,16 +259,6 @@ class Recorder(TorchFunctionMode):
         result = self._finish(node, out, args, kwargs, start, in_place=in_place)
         return self._counted(node, result) if name in _COUNTED else result
 
-    def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call whose result is no tensor: the graph holds the value, if anything was done with it."""
-        if name in _READS_DATA:
-            line = source_line()
-            self.specialised.append(f"{name} at {line}")
-            self.reads.setdefault(line, enclosing())
-        if name not in _ABOUT:
-            self._need_values(args, kwargs)
-        return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
-
     def _counted(self, node: Node, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A graph has a node for each part, so at another number of parts it would ignore some."""
         if len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):  # the length of each is given
@@ -372,23 +270,6 @@ class Recorder(TorchFunctionMode):
                 fix(number)
 
         return Counted(parts, report)
-
-    def _read_numbers(self, name: str, tensor: torch.Tensor, out: Any) -> Any:
-        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls."""
-        node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
-        node.meta["source"] = ""
-
-        def element(build: Callable[[], Node], place: int) -> Node:
-            return self.arguments.number(operator.getitem, (build(), place))
-
-        def live(value: Any, build: Callable[[], Node]) -> Any:
-            if isinstance(value, list):
-                return [live(v, functools.partial(element, build, i)) for i, v in enumerate(value)]
-            if type(value) is int:
-                return LiveInt(value, self, build)
-            return LiveFloat(value, self, build) if type(value) is float else value
-
-        return live(out, lambda: node)
 
     def _iterate(self, func: Any, tensor: torch.Tensor, *dim: int) -> tuple[torch.Tensor, ...]:
         """What a Python loop over ``tensor`` is unrolled for.
@@ -460,112 +341,6 @@ class Recorder(TorchFunctionMode):
         finally:
             module.has_torch_function = original
 
-    def _finish(
-        self, node: Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: int, *, in_place: bool
-    ) -> Any:
-        source = source_line()
-        node.meta["source"] = source
-        node.meta["in_place"] = in_place
-        if not in_place:
-            given = {id(t) for t in tensors_in((args, kwargs))}
-            if any(id(t) in given for t in tensors_in(out)):
-                # Same object in, same object out (dropout in eval mode): give it an identity of its own, or a later
-                # use of the input would be mistaken for a use of the output.
-                with self._paused(), torch._C.DisableTorchFunction():
-                    out = map_tensors(out, lambda t: torch.ops.aten.alias.default(t) if id(t) in given else t)
-        operands = tuple(self.tape.slot_of(t) for t in tensors_in((args, kwargs)))
-        call, sizes = call_name(node), view_sizes(node)
-        for op in self.tape.ops[start:]:
-            op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, operands, sizes
-        node.meta["tape"] = (start, len(self.tape.ops))
-        if self.arguments.no_grad and node.op != "call_module":
-            node.meta["grad"] = False
-        self.arguments.bind(out, node)
-        return out
-
-    # -- sizes and properties -----------------------------------------------------------------------------------------
-
-    def _read_property(self, getter: Any, args: tuple[Any, ...]) -> Any:
-        name = getattr(getattr(getter, "__self__", None), "__name__", "")
-        tensor = args[0]
-        start = len(self.tape.ops)
-        with self._paused(), torch._C.DisableTorchFunction():
-            out = getter(*args)
-        if name in ("shape", "ndim"):
-            self._measure(tensor)
-            return torch.Size(self._live_dim(tensor, d, n) for d, n in enumerate(out)) if name == "shape" else out
-        if name == "requires_grad":
-            return self.arguments.requires_grad(tensor)
-        if name in _PLAIN_PROPERTIES:
-            self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
-            return out
-        if not isinstance(out, torch.Tensor):
-            self._need_values(args, {})
-            return out
-        node = self.graph.call_function(getattr, (self.arguments.to_fx(tensor), name))
-        return self._finish(node, out, args, {}, start, in_place=False)
-
-    def _write_property(self, setter: Any, args: tuple[Any, ...]) -> Any:
-        """Assignments that change no value (``requires_grad``, ``data`` to itself) pass; others can't be captured."""
-        name = getattr(getattr(setter, "__self__", None), "__name__", "")
-        same = name == "requires_grad"
-        with self._paused(), torch._C.DisableTorchFunction():
-            if name == "data" and len(args) > 1:
-                old, new = args[0], args[1]
-                same = old.dtype == new.dtype and old.device == new.device and old.shape == new.shape
-                same = same and old.untyped_storage()._cdata == new.untyped_storage()._cdata
-        if not same:
-            raise CaptureError(
-                f"the forward assigns to a tensor's property '{name}' at {source_line()}; rewrite it as an operation"
-            )
-        return None
-
-    def _write_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
-        """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had."""
-        owner = self._names.get(id(module))
-        path = f"{owner}.{name}" if owner else name
-        buffer = self.arguments.buffers.get(path)
-        if buffer is None or buffer is value:
-            return
-        with torch._C.DisableTorchFunction():
-            fits = buffer.shape == value.shape and buffer.dtype == value.dtype
-        if not fits:
-            raise CaptureError(f"the forward replaces the buffer '{path}' by another shape or type at {source_line()}")
-        target = self.arguments.node_of(buffer)
-        start = len(self.tape.ops)
-        with self._paused(), torch._C.DisableTorchFunction():
-            buffer.copy_(value)
-        source = self.graph.call_method("detach", (self.arguments.node_of(value),))
-        source.meta.update(source="", slot=self.tape.slot_of(value))
-        node = self.graph.call_method("copy_", (target, source))
-        self._finish(node, buffer, (buffer, value), {}, start, in_place=True)
-
-    def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._paused(), torch._C.DisableTorchFunction():
-            out = func(*args, **kwargs)
-        tensor = args[0] if args else kwargs["input"]
-        self._measure(tensor)
-        if name in ("dim", "ndimension"):
-            return out
-        if name == "__len__":  # Python makes a plain int of whatever it is given
-            return fix(self._live_dim(tensor, 0, out))
-        if name in ("size", "stride"):
-            if isinstance(out, tuple):
-                return type(out)(self._live_dim(tensor, d, n, name) for d, n in enumerate(out))
-            dim = args[1] if len(args) > 1 else kwargs["dim"]
-            return self._live_dim(tensor, plain(dim) % tensor.dim(), out, name)
-        source = self.arguments.measured(tensor)
-        return out if source is None else LiveInt(out, self, lambda: self.arguments.size("numel", source))
-
-    def _measure(self, tensor: torch.Tensor) -> None:
-        """The forward looks at the shape of a tensor that depends on the inputs."""
-        if not self._measures_at and self.arguments.measured(tensor) is not None:
-            self._measures_at = source_line()
-
-    def _live_dim(self, tensor: torch.Tensor, dim: int, size: int, method: str = "size") -> int:
-        source = self.arguments.measured(tensor)
-        return size if source is None else LiveInt(size, self, lambda: self.arguments.size(method, source, dim))
-
 
 def _transformed() -> bool:
     """Whether the call is made inside ``torch.vmap`` or ``torch.func``, on tensors that stand for other ones.
@@ -594,16 +369,3 @@ def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     return name.endswith("_")
-
-
-@contextmanager
-def _patched(patches: Sequence[Patch]) -> Iterator[None]:
-    """Attributes of classes and modules replaced inside the block."""
-    originals = [(owner, name, owner.__dict__[name]) for owner, name, _ in patches]
-    try:
-        for owner, name, replacement in patches:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)

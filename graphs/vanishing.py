@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from chase_fx.graphs.axes import Atom, Axes, Axis, Cause, atoms_of
+from chase_fx.graphs.axes import Atom, Axis, Cause, atoms_of
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.tape import Slot, TapedOp
+from chase_fx.graphs.unification import Axes
 
 __all__ = ["freeze_what_stays"]
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, fixed_of, kept_count, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, fixed_of, kept_count, resolve
 from chase_fx.graphs.rules.base import Labels
+from chase_fx.graphs.unification import Axes
 
 __all__ = ["Counts"]
 

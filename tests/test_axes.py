@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of, keep_mask, kept_count, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, keep_mask, kept_count, resolve
+from chase_fx.graphs.unification import Axes
 
 WHY = Cause("node", "aten.op", "net.py:1")
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from chase_fx.graphs.axes import Atom, Axes, Axis, Cat, Cause, Fixed, Prod, atoms_of
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of
 from chase_fx.graphs.tape import Slot, TapedOp
+from chase_fx.graphs.unification import Axes
 
 __all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 

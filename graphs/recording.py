@@ -1,0 +1,112 @@
+"""What every part of a recording shares: the graph, the tape, and how a call becomes a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
+
+from chase_fx.graphs.arguments import Arguments
+from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.guards import check
+from chase_fx.graphs.provenance import view_sizes
+from chase_fx.graphs.source import source_line
+from chase_fx.graphs.standins import StandIns
+from chase_fx.graphs.tape import Tape, TapeMode
+from chase_fx.graphs.trees import map_tensors, tensors_in
+from chase_fx.graphs.walk import modules_of
+from chase_fx.graphs.whole import FunctionName, enclosing
+
+__all__ = ["Recording"]
+
+
+class Recording(TorchFunctionMode):
+    """A graph and a tape in the making."""
+
+    def __init__(self, root: nn.Module, device: torch.device | None, *, values: bool) -> None:
+        super().__init__()
+        self.root = root
+        self.modules = modules_of(root)
+        self.graph = Graph()
+        self.tape = Tape()
+        self.arguments = Arguments(self.modules, self.graph, self.tape, device)
+        self.standins = None if values else StandIns()
+        self.tape_mode = TapeMode(self.tape, self.standins)
+        self.specialised = self.arguments.specialised
+        self.deciders: dict[str, tuple[FunctionName, ...]] = {}
+        self.reads: dict[str, tuple[FunctionName, ...]] = {}
+        self.reads_dtype = False  # of a tensor of floats
+        self.may_hash = False
+        self._measures_at = ""
+        self._guards: set[tuple[Any, ...]] = set()
+        self._names = {id(m): name for name, m in reversed(self.modules)}
+        self._active = False
+
+    def recording(self) -> bool:
+        """Whether live numbers are to write their arithmetic down."""
+        return self._active
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write the arithmetic ``fn(*args)`` of live numbers."""
+        return self.arguments.number(fn, args)
+
+    def guard(self, left: Any, comparison: str, right: Any, holds: bool) -> None:
+        """Write down that the forward decided by ``left comparison right``; once for each pair of numbers."""
+        a, b = self.arguments.to_fx(left), self.arguments.to_fx(right)
+        if a is b:
+            return
+        key = (a, comparison, b, type(b))
+        if key not in self._guards:
+            self._guards.add(key)
+            line = source_line()
+            self.deciders.setdefault(line, enclosing())
+            self.arguments.call(check, (a, comparison, b, holds, line), plain=True)
+
+    def finish(self, out: Any) -> None:
+        """Write the forward's result; live sizes in it still write nodes."""
+        self._active = True
+        self.graph.output(self.arguments.output_to_fx(out))
+        if self._measures_at:
+            self.arguments.guard_ranks(self._measures_at)
+        self._active = False
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._active = False
+        try:
+            yield
+        finally:
+            self._active = True
+
+    def _need_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The data of the tensors among the arguments matter."""
+        if self.standins is not None:
+            self.standins.need([self.tape.slot_of(t) for t in tensors_in((args, kwargs))])
+
+    def _finish(
+        self, node: Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: int, *, in_place: bool
+    ) -> Any:
+        source = source_line()
+        node.meta["source"] = source
+        node.meta["in_place"] = in_place
+        if not in_place:
+            given = {id(t) for t in tensors_in((args, kwargs))}
+            if any(id(t) in given for t in tensors_in(out)):
+                # Same object in, same object out (dropout in eval mode): give it an identity of its own, or a later
+                # use of the input would be mistaken for a use of the output.
+                with self._paused(), torch._C.DisableTorchFunction():
+                    out = map_tensors(out, lambda t: torch.ops.aten.alias.default(t) if id(t) in given else t)
+        operands = tuple(self.tape.slot_of(t) for t in tensors_in((args, kwargs)))
+        call, sizes = call_name(node), view_sizes(node)
+        for op in self.tape.ops[start:]:
+            op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, operands, sizes
+        node.meta["tape"] = (start, len(self.tape.ops))
+        if self.arguments.no_grad and node.op != "call_module":
+            node.meta["grad"] = False
+        self.arguments.bind(out, node)
+        return out
