@@ -8,8 +8,8 @@ An axis of size ``n`` is one of
 ``Prod``   index ``(i, j)`` in row-major order is kept iff ``i`` is kept in the first factor *and* ``j`` in the second:
            flatten, view, groups x channels in a group, heads x head_dim.
 
-Operators only ever *equate* axes (:meth:`Axes.unify <chase_fx.graphs.unification.Axes.unify>`); that is first-order unification. An atom that is equated with
-something is bound to it, and an atom that has to be cut (by a slice) or factored (by a view) is bound to the pieces, so
+Operators only ever *equate* axes (:mod:`chase_fx.graphs.unification`). An atom that is equated with something is bound
+to it, and an atom that has to be cut (by a slice) or factored (by a view) is bound to the pieces, so
 everybody who holds the atom sees the refinement. A kept set that is a product in two ways is a product of the common
 refinement of both, so refining loses nothing. Where no refinement exists the axis is frozen, which always satisfies
 every equation: keeping everything is the one solution that all constraints share. That is why the analysis can be too
