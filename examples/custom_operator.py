@@ -1,11 +1,14 @@
 """Teach the analysis an operator that it does not know: one rule, added by value.
 
-Without the rule the operator's channels are frozen, which is safe, and reported with the line that called it.
+Without the rule the operator's channels are frozen, which is safe, and reported with the line that called it. A custom
+autograd function needs no rule of its own: the operators that its forward calls have theirs, and its backward is kept.
 
 Run: python examples/custom_operator.py
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +28,24 @@ def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # noqa: ARG001  (t
     return torch.empty_like(x)
 
 
+class ScaledTanh(torch.autograd.Function):
+    """The operator with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """(N, C), (C,) -> (N, C)."""
+        ctx.save_for_backward(x, scale)
+        out: torch.Tensor = scaled_tanh(x, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of x and scale."""
+        x, scale = ctx.saved_tensors
+        y = torch.tanh(x)
+        return gradient * scale * (1 - y * y), (gradient * y).sum(0)
+
+
 def scaled_tanh_rule(op: LabelledOp) -> Labels:
     """Channels of x and of scale are the same channels.
 
@@ -36,7 +57,7 @@ def scaled_tanh_rule(op: LabelledOp) -> Labels:
 
 
 class Net(nn.Module):
-    """Two linear layers with the custom operator between them."""
+    """Two linear layers with the custom function between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +67,12 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 8) -> (N, 4)."""
-        out: torch.Tensor = self.second(scaled_tanh(self.first(x), self.scale))
+        out: torch.Tensor = self.second(ScaledTanh.apply(self.first(x), self.scale))
         return out
 
 
 def main() -> None:
-    """Prune the net, first without and then with the rule."""
+    """Prune the net, first without and then with the rule, and train the slim one for a step."""
     traced = chase_fx.trace(Net(), torch.randn(2, 8))
     unknown = chase_fx.analyze(traced).unknown
     print(f"without the rule: {unknown[0].op} at {unknown[0].source}: {unknown[0].reason}")
@@ -61,6 +82,11 @@ def main() -> None:
     slim = chase_fx.rewrite(traced, channels.plan(channel_sparsity=0.5))
     print(f"with the rule: {slim.get_submodule('first')}, {tuple(slim.get_parameter('scale').shape)}")
     print(chase_fx.verify(traced, slim))
+
+    slim(torch.randn(2, 8)).sum().backward()
+    gradient = slim.get_parameter("scale").grad
+    assert gradient is not None
+    print(f"its own backward gives the scale a gradient of shape {tuple(gradient.shape)}")
 
 
 if __name__ == "__main__":
