@@ -145,7 +145,12 @@ class Reads(Recording):
         return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
 
     def _read_numbers(self, name: str, tensor: torch.Tensor, out: Any) -> Any:
-        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls."""
+        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls.
+
+        How many there are is fixed, for Python counts a list without asking anybody.
+        """
+        for d, n in enumerate(self.tape.slot_of(tensor).shape):
+            fix(self._live_dim(tensor, d, n))
         node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
         node.meta["source"] = ""
 

@@ -162,6 +162,17 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "pool_1d_over_channels": (lambda m, y, z: _image(F.avg_pool1d(_rows(y), 3, 1, 1)) + z, 8),
     "pool_2d": (lambda m, y, z: F.max_pool2d(y, 3, 1, 1) + z, 8),
     "pool_2d_over_channels": (lambda m, y, z: F.avg_pool2d(y.flatten(2), 3, 1, 1).view(*z.shape) + z, 8),
+    "interpolated_2d": (lambda m, y, z: F.interpolate(y, scale_factor=2, mode="bilinear")[..., ::2, ::2] + z, 8),
+    "interpolated_2d_over_channels": (
+        lambda m, y, z: F.interpolate(y.flatten(2)[:, None], (16, 16), mode="bilinear")[:, 0, ::2].view(z.shape) + z, 8,
+    ),
+    "interpolated_3d": (lambda m, y, z: F.interpolate(y[:, :, None], (1, 8, 8)).squeeze(2)[..., ::2, ::2] + z, 8),
+    "interpolated_3d_over_channels": (
+        lambda m, y, z: F.interpolate(y[:, None], (8, 4, 4), mode="trilinear").squeeze(1) + z, 8,
+    ),
+    "unpooled": (
+        lambda m, y, z: F.max_unpool2d(F.avg_pool2d(y, 2), F.max_pool2d(z, 2, return_indices=True)[1], 2), 8,
+    ),
     "pool_3d": (lambda m, y, z: F.avg_pool3d(y[:, :, None], (1, 3, 3), 1, (0, 1, 1)).squeeze(2) + z, 8),
     "pool_3d_over_channels": (lambda m, y, z: F.avg_pool3d(y[:, None], 3, 1, 1).squeeze(1) + z, 8),
     "grid": (lambda m, y, z: F.grid_sample(y, y.new_ones(y.shape[0], 4, 4, 2) * 0.2, align_corners=False) + z, 8),
