@@ -18,14 +18,16 @@ careful but not wrong.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Atom", "Axis", "Cat", "Cause", "Fixed", "Prod", "atoms_of", "keep_mask", "kept_count", "resolve"]
+__all__ = ["Atom", "Axis", "Cat", "Cause", "Fixed", "Prod", "atoms_of", "bind", "keep_mask", "kept_count", "resolve"]
 
 BoolArray = npt.NDArray[np.bool_]
 AxisName = tuple[str, int]
@@ -85,33 +87,54 @@ class Fixed(Axis):
         return f"fixed[{self.size}]"
 
 
-class Cat(Axis):
+class _Compound(Axis):
+    """An axis made of others, with its normal form and the atoms in it as of some number of bindings."""
+
+    __slots__ = ("atoms", "known", "normal")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.known = -1
+        self.normal: Axis = self
+        self.atoms: tuple[Atom, ...] | None = None
+
+
+class Cat(_Compound):
     """Axes laid end to end."""
 
     __slots__ = ("parts",)
 
     def __init__(self, parts: Iterable[Axis]) -> None:
         self.parts = tuple(parts)
-        self.size = sum(p.size for p in self.parts)
+        super().__init__(sum(p.size for p in self.parts))
 
     def __repr__(self) -> str:
         return "cat(" + ", ".join(map(repr, self.parts)) + ")"
 
 
-class Prod(Axis):
+class Prod(_Compound):
     """Row-major product of axes."""
 
     __slots__ = ("factors",)
 
     def __init__(self, factors: Iterable[Axis]) -> None:
         self.factors = tuple(factors)
-        self.size = math.prod(f.size for f in self.factors)
+        super().__init__(math.prod(f.size for f in self.factors))
 
     def __repr__(self) -> str:
         return "prod(" + ", ".join(map(repr, self.factors)) + ")"
 
 
 _TRIVIAL = Cause("", "size 1")
+_bindings = itertools.count(1)
+_bound = 0  # how many bindings were made so far: a normal form holds until the next one
+
+
+def bind(atom: Atom, axis: Axis) -> None:
+    """From now on ``atom`` is ``axis``."""
+    global _bound  # noqa: PLW0603  (one count for every store of atoms: it only has to change)
+    atom.ref = axis
+    _bound = next(_bindings)
 
 
 def resolve(axis: Axis) -> Axis:
@@ -126,11 +149,13 @@ def resolve(axis: Axis) -> Axis:
         root = resolve(axis.ref)
         axis.ref = root
         return root
-    if isinstance(axis, Cat):
-        return _resolve_cat(axis)
-    if isinstance(axis, Prod):
-        return _resolve_prod(axis)
-    return axis
+    if not isinstance(axis, _Compound):
+        return axis
+    if axis.known != _bound:
+        normal = _resolve_cat(axis) if isinstance(axis, Cat) else _resolve_prod(cast("Prod", axis))
+        for found in (axis, normal) if isinstance(normal, _Compound) else (axis,):
+            found.known, found.normal, found.atoms = _bound, normal, None
+    return axis.normal
 
 
 def _resolve_cat(axis: Cat) -> Axis:
@@ -175,17 +200,17 @@ def _resolve_prod(axis: Prod) -> Axis:
     return Prod(factors) if changed else axis
 
 
-def atoms_of(axis: Axis) -> Iterator[Atom]:
+def atoms_of(axis: Axis) -> Sequence[Atom]:
     """Every live atom of the normal form, left to right, repeated where it occurs twice."""
     axis = resolve(axis)
     if isinstance(axis, Atom):
-        yield axis
-    elif isinstance(axis, Cat):
-        for part in axis.parts:
-            yield from atoms_of(part)
-    elif isinstance(axis, Prod):
-        for factor in axis.factors:
-            yield from atoms_of(factor)
+        return (axis,)
+    if not isinstance(axis, _Compound):
+        return ()
+    if axis.atoms is None:
+        pieces = axis.parts if isinstance(axis, Cat) else cast("Prod", axis).factors
+        axis.atoms = tuple(atom for piece in pieces for atom in atoms_of(piece))
+    return axis.atoms
 
 
 def fixed_of(axis: Axis) -> Iterator[Fixed]:

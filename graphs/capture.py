@@ -23,7 +23,8 @@ from torch.fx import Graph
 from chase_fx.errors import ArgumentError, CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
-from chase_fx.graphs.duplicate import duplicate, uncollected
+from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
@@ -49,6 +50,7 @@ class SpecializationWarning(UserWarning):
     """The forward read tensor data into Python; the graph holds the value that the example inputs gave."""
 
 
+@uncollected()
 def trace(
     model: nn.Module,
     args: Any,
@@ -127,7 +129,7 @@ def trace(
             "the forward reads tensor data or random numbers into Python, so the graph holds the values that it got: "
             + "; ".join(dict.fromkeys(specialised)),
             SpecializationWarning,
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     structure, aliases = _structure(root)
     info = TraceInfo(
@@ -257,8 +259,7 @@ class _Way:
 def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
     state = () if fake is None else (*model.parameters(), *model.buffers())
     try:
-        with uncollected():
-            return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
+        return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from chase_fx.errors import ArgumentError
 from chase_fx.graphs import select
 from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, fixed_of, keep_mask, resolve
+from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.labels import Labelling, Unknown, propagate
 from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.rules import DEFAULT_RULES, Rules
@@ -99,23 +99,16 @@ class ChannelGraph:
 
     def members_of(self, atom: Atom) -> tuple[Member, ...]:
         """Every axis that the units of ``atom`` touch, in the model's order."""
-        return tuple(
-            Member(name, d, torch.from_numpy(positions.copy()), (name, d) in self.labelling.producers)
-            for name, d, positions in self.positions_of(atom)
-        )
-
-    def positions_of(
-        self, atom: Atom, known: dict[AxisName, dict[Atom, np.ndarray]] | None = None
-    ) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
-        """For every axis that the units of ``atom`` touch: (size, k), row i has the indices that belong to unit i.
-
-        ``known`` keeps what was found along the axes between calls, while no axis is refined.
-        """
-        known = {} if known is None else known
+        members = []
         for name, d in self._touched[atom]:
-            if (name, d) not in known:
-                known[name, d] = self._units_along(name, d)
-            yield name, d, known[name, d][atom][:, 1].reshape(atom.size, -1)
+            positions = self._units_along(name, d)[atom][:, 1].reshape(atom.size, -1)
+            members.append(Member(name, d, torch.from_numpy(positions.copy()), (name, d) in self.labelling.producers))
+        return tuple(members)
+
+    def units(self) -> Iterator[tuple[str, int, dict[Atom, np.ndarray]]]:
+        """Every axis with units: for each atom in it (m, 2) pairs of unit and position, sorted by both."""
+        for axis in dict.fromkeys(axis for touched in self._touched.values() for axis in touched):
+            yield *axis, self._units_along(*axis)
 
     def _units_along(self, name: str, dim: int) -> dict[Atom, np.ndarray]:
         axis = resolve(self.labelling.state[name][dim])
@@ -137,7 +130,7 @@ class ChannelGraph:
             for d, axis in enumerate(labels):
                 pieces = [f for f in fixed_of(axis) if f.size > 1 or axis.size == f.size]
                 if pieces and axis.size > 1:
-                    live = sum(1 for _ in atoms_of(axis))
+                    live = len(atoms_of(axis))
                     out[name, d] = ("in part: " if live else "") + str(pieces[0].cause)
         return out
 
@@ -211,6 +204,7 @@ class ChannelGraph:
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
+    @uncollected()
     def plan(
         self,
         channel_sparsity: float = 0.5,
@@ -347,6 +341,7 @@ def _text(axis: Axis, names: Mapping[Atom, str]) -> str:
     return str(axis.size)
 
 
+@uncollected()
 def analyze(
     traced: TracedModule, outputs: Outputs = None, *, rules: Rules = DEFAULT_RULES, on_unknown: str = "freeze"
 ) -> ChannelGraph:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import gc
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["copied", "duplicate", "uncollected"]
+__all__ = ["copied", "duplicate"]
 
 _ATOMIC = frozenset(
     {
@@ -30,21 +27,6 @@ _ATOMIC = frozenset(
 )  # fmt: skip
 _DICTS = frozenset({dict, OrderedDict})
 _HOOKS = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for garbage inside the block.
-
-    A copy allocates a dozen containers for each module and drops none, which sets off one search after the other.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:

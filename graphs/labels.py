@@ -174,7 +174,7 @@ class _Propagation:
 
     def _refuse(self, view: LabelledOp, reason: str) -> list[Labels]:
         op = view.op
-        if not any(True for slot in op.inputs() for axis in view[slot] for _ in atoms_of(axis)):
+        if not any(atoms_of(axis) for slot in op.inputs() for axis in view[slot]):
             return view.all_fixed(reason)  # no channel is lost by it
         shapes = ", ".join(str(s.shape) for s in op.inputs())
         if self.raise_on_unknown:
@@ -230,7 +230,7 @@ def _settle(labelling: Labelling, used: set[str], aliases: Mapping[str, str]) ->
     }
     for name, labels in labelling.state.items():
         for axis in labels:
-            for atom in list(atoms_of(axis)):
+            for atom in atoms_of(axis):
                 if id(atom) not in contracted:
                     axes.freeze(atom, Cause("", "unread", "", f"no layer computes with these indices of '{name}'"))
     for labels in labelling.state.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Magnitude"]
 
 Energies = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 _BLOCK = 1 << 16  # elements that stay in a core's cache while they are squared and added
 
@@ -28,30 +31,68 @@ class Magnitude:
         self._channels = channels
         modules = modules_of(channels.module)
         self._tensors: dict[str, torch.Tensor] = {**parameters_in(modules), **buffers_in(modules)}
-        self._known: dict[tuple[str, int], dict[Atom, npt.NDArray[np.int64]]] = {}
-        self._energies: dict[tuple[str, int], Energies | None] = {}
+        self._totals: dict[Atom, Energies] = {}
 
     def __call__(self, group: Group) -> torch.Tensor:
         """(size,) scores of one group."""
-        total = np.zeros(group.size)
-        for name, dim, positions in self._channels.positions_of(group.atom, self._known):
+        if not self._totals:
+            self._add_up()
+        return torch.from_numpy(np.sqrt(self._totals[group.atom]))
+
+    def _add_up(self) -> None:
+        """Every member of every group at once: one array over all units, one pass for each axis of each tensor."""
+        sizes = [group.size for group in self._channels.groups]
+        starts = np.cumsum([0, *sizes])
+        first = {group.atom: int(start) for group, start in zip(self._channels.groups, starts, strict=False)}
+        total = np.zeros(starts[-1])
+        layouts: dict[int, _Layout] = {}  # tensors of one layer share their axes
+        for name, dim, units in self._channels.units():
+            if id(units) not in layouts:
+                layouts[id(units)] = _Layout.of(units, first)
             energy = self._energy(name, dim)
-            if energy is None:
-                continue
-            per_unit = energy[positions[:, 0]] if positions.shape[1] == 1 else energy[positions].mean(1)
-            mean = per_unit.sum() / group.size
-            if mean > 0:
-                total += per_unit / mean
-        return torch.from_numpy(np.sqrt(total))
+            if energy is not None:
+                layouts[id(units)].add(energy, total)
+        for group, start in zip(self._channels.groups, starts, strict=False):
+            self._totals[group.atom] = total[start : start + group.size]
 
     def _energy(self, name: str, dim: int) -> Energies | None:
-        """Sum of squares per index along ``dim``; computed once, for several groups may share the axis."""
-        key = (name, dim)
-        if key not in self._energies:
-            tensor = self._tensors[name].detach()
-            usable = tensor.is_floating_point() and not tensor.is_meta
-            self._energies[key] = _sum_of_squares(tensor, dim).to("cpu", torch.float64).numpy() if usable else None
-        return self._energies[key]
+        """Sum of squares per index along ``dim``."""
+        tensor = self._tensors[name].detach()
+        usable = tensor.is_floating_point() and not tensor.is_meta
+        return _sum_of_squares(tensor, dim).to("cpu", torch.float64).numpy() if usable else None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where units lie along an axis.
+
+    Attributes:
+        positions: indices along the axis, atom by atom.
+        units: the unit, among all units, that each of them belongs to.
+        atoms: the number of its atom.
+        shared: for each atom, how many indices a unit has.
+    """
+
+    positions: Indices
+    units: Indices
+    atoms: Indices
+    shared: Indices
+
+    @staticmethod
+    def of(units: Mapping[Atom, Indices], first: Mapping[Atom, int]) -> _Layout:
+        """``units`` has (unit, position) pairs for each atom; ``first`` the number of its first unit."""
+        pairs = np.concatenate(list(units.values()))
+        counts = [len(found) for found in units.values()]
+        starts = np.repeat([first[atom] for atom in units], counts)
+        shared = np.array([count // atom.size for atom, count in zip(units, counts, strict=True)])
+        return _Layout(pairs[:, 1], pairs[:, 0] + starts, np.repeat(np.arange(len(counts)), counts), shared)
+
+    def add(self, energy: Energies, total: Energies) -> None:
+        """Add the mean over each unit's indices, in units of the mean over all indices of its atom."""
+        values = energy[self.positions]
+        mean = np.bincount(self.atoms, values) / np.bincount(self.atoms)
+        weight = np.divide(1.0, mean * self.shared, out=np.zeros_like(mean), where=mean > 0)
+        np.add.at(total, self.units, values * weight[self.atoms])
 
 
 def _sum_of_squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -102,7 +102,7 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
             for i, factor in enumerate(axis.factors):
                 others = [f for j, f in enumerate(axis.factors) if j != i]
                 # A factor that is itself a concatenation stands for the first of its atoms.
-                atoms = [a for f in others if (a := next(atoms_of(f), None)) is not None]
+                atoms = [inner[0] for f in others if (inner := atoms_of(f))]
                 visit(factor, (*outer, *atoms))
 
     for name, labels in channels.labelling.state.items():

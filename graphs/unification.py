@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chase_fx.graphs.axes import Atom, Axis, AxisName, Cat, Cause, Fixed, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, AxisName, Cat, Cause, Fixed, Prod, atoms_of, bind, resolve
 
 __all__ = ["Axes"]
 
@@ -33,9 +33,9 @@ class Axes:
 
     def freeze(self, axis: Axis, cause: Cause) -> None:
         """Keep every index of ``axis``, and so of all that is or will be equated with it."""
-        for atom in list(atoms_of(axis)):
+        for atom in atoms_of(axis):
             if atom.ref is None:
-                atom.ref = Fixed(atom.size, cause)
+                bind(atom, Fixed(atom.size, cause))
 
     def unify(self, a: Axis, b: Axis, cause: Cause) -> None:
         """From now on index ``i`` of ``a`` is kept iff index ``i`` of ``b`` is. Sizes must agree."""
@@ -56,7 +56,7 @@ class Axes:
             old.weak = old.weak and new.weak
             old.least = max(old.least, new.least)
             old.multiple = math.lcm(old.multiple, new.multiple)
-            new.ref = old
+            bind(new, old)
         elif isinstance(a, Atom):
             self._bind(a, b)
         elif isinstance(b, Atom):
@@ -74,7 +74,7 @@ class Axes:
             self.unify(rest, Prod(prod.factors[1:]), cause)
 
     def _bind(self, atom: Atom, axis: Axis) -> None:
-        atom.ref = axis
+        bind(atom, axis)
         if atom.least > 1 or atom.multiple > 1:
             self.require(axis, atom.least, atom.multiple)
 

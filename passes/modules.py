@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from chase_fx.graphs.duplicate import duplicate, uncollected
+from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.leaves import SIZE_ATTRIBUTES, Leaves
 
 __all__ = ["resize", "slice_tensor", "slim_tree"]
@@ -42,8 +42,7 @@ def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
         else:
             memo[id(tensor)] = sliced.requires_grad_(tensor.requires_grad)
     names = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
-    with uncollected():
-        return {name: duplicate(module.__dict__[name], memo) for name in names}
+    return {name: duplicate(module.__dict__[name], memo) for name in names}
 
 
 def resize(module: nn.Module, leaves: Leaves) -> None:

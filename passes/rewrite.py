@@ -18,6 +18,7 @@ from chase_fx.graphs.axes import Atom, Axis, keep_mask
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
@@ -31,6 +32,7 @@ __all__ = ["channels_for", "rewrite"]
 LabelsOf = Callable[[Node], Labels | None]
 
 
+@uncollected()
 def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     """Apply a plan: slice parameters and buffers, resize modules, replace size arguments.
 
