@@ -100,6 +100,8 @@ def load(
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: metadata is damaged ({type(e).__name__}: {e})") from e
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ArgumentError("the model is on the meta device and can hold no values; give it memory with .to_empty()")
     if args is None and kwargs is None:
         try:
             args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)

@@ -346,12 +346,12 @@ class Arguments:
             node.meta["grad"] = value.is_floating_point() or value.is_complex()
             node.meta["slot"] = slot
             self._inputs[node] = value.dim()
-        elif isinstance(value, (tuple, list)) and value:
-            for i, item in enumerate(value):
-                self.bind_input(item, self.call(operator.getitem, (node, i), plain=True), f"{path}[{i}]", guard)
-        elif isinstance(value, dict) and value:
-            for key, item in value.items():
-                self.bind_input(item, self.call(operator.getitem, (node, key), plain=True), f"{path}[{key!r}]", guard)
+        elif isinstance(value, (tuple, list, dict)):
+            number = self.call(len, (node,), plain=True)  # the graph has a node for each item, and would ignore others
+            self.call(guard, (number, len(value), f"len({path})"), plain=True)
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                found = self.call(operator.getitem, (node, key), plain=True)
+                self.bind_input(item, found, f"{path}[{key!r}]", guard)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             for f in dataclasses.fields(value):
                 item = getattr(value, f.name)

@@ -123,6 +123,7 @@ def trace(
             again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
+    _warn_of_modes(model, recorder)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     if specialised:
         warnings.warn(
@@ -162,6 +163,18 @@ def _complete(
             root.add_module(name, rebuild)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor, persistent=False)
+
+
+def _warn_of_modes(model: nn.Module, recorder: Recorder) -> None:
+    """Modules that are taken apart have no mode of their own in the graph: theirs is that of the whole."""
+    other = [n for n in sorted(recorder.mode_readers) if n and model.get_submodule(n).training != model.training]
+    if other:
+        warnings.warn(
+            f"in another mode than the model, and deciding by it in Python: {', '.join(map(repr, other[:3]))}"
+            f"{' and others' if len(other) > 3 else ''}; in the graph the mode of the whole module decides there",
+            SpecializationWarning,
+            stacklevel=4,  # past trace and its decorator
+        )
 
 
 def _followers(
@@ -322,7 +335,7 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
         with restored_generators() as drawn, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             with recorder.running():
-                out = root.forward(*args, **kwargs)
+                out = root(*args, **kwargs)  # with the hooks that it has
             recorder.finish(out)
             if drawn():
                 recorder.specialised.append("numbers drawn by Python's or NumPy's random generator")

@@ -90,6 +90,8 @@ def _is_plain(cls: Any, memo: dict[Any, Any]) -> bool:
 
 def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """A copy of a tensor, on write where nobody else holds its memory."""
+    if not tensor.is_leaf:  # computed by a parametrisation or an earlier forward; its history is not the copy's
+        tensor = tensor.detach()
     if not _is_alone(tensor):
         new: torch.Tensor = copy.deepcopy(tensor, memo)
         return new

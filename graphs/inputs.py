@@ -40,10 +40,15 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ins
 
 
 def check_devices(model: nn.Module, inputs: Any) -> torch.device | None:
-    """The device of the model, ``None`` if it has several."""
+    """The device of the model, ``None`` if it has several; inputs that hold nothing are refused."""
     state = list(model.parameters())
     if not state:
         raise NothingToPruneError(f"{type(model).__name__} has no parameters, so there is nothing to prune")
+    sizes = [t.numel() for t in tensors_in(inputs)]
+    if sizes and not any(sizes):
+        raise CaptureError(
+            "the example inputs hold no element, and torch takes other ways then; give at least one sample"
+        )
     home = {t.device for t in state}
     given = {t.device for t in tensors_in(inputs)}
     # Zero-dim tensors may live anywhere; more than one home is a model split over devices, which knows its own ways.

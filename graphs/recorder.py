@@ -76,6 +76,8 @@ class Recorder(Reads):
         self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
         self._leaf_reads_training = False
+        self._tensors = {id(m): _tensors_of(m) for _, m in self.modules}
+        self.mode_readers: set[str] = set()
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class Recorder(Reads):
             if name == "training" and id(module) in training:
                 if recorder._active:
                     recorder.reads_training = True
+                    recorder.mode_readers.add(recorder._names[id(module)])
                 else:
                     recorder._leaf_reads_training = True
                 return training[id(module)]
@@ -178,7 +181,7 @@ class Recorder(Reads):
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
-        if is_leaf(module, self.leaves):
+        if is_leaf(module, self.leaves) and self._is_own(module):
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
             out, start = self._run_leaf(module, original, args, kwargs)
@@ -195,6 +198,10 @@ class Recorder(Reads):
             del self.tape.ops[mark:]
             torch.set_rng_state(rng)
         return original(module, *args, **kwargs)
+
+    def _is_own(self, module: nn.Module) -> bool:
+        """Whether a module still has its own tensors: a forward may have put others there (``functional_call``)."""
+        return _tensors_of(module) == self._tensors[id(module)]
 
     def _run_leaf(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -340,6 +347,10 @@ class Recorder(Reads):
                 return func(*args, **kwargs)
         finally:
             module.has_torch_function = original
+
+
+def _tensors_of(module: nn.Module) -> list[int]:
+    return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
 
 
 def _transformed() -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chase_fx.errors import ArgumentError, PlanMismatchError
 from chase_fx.graphs.axes import Atom, Axis, keep_mask
@@ -223,4 +224,5 @@ def _resize_called(module: nn.Module, site: CallSite) -> None:
         n = len(module.normalized_shape)
         module.normalized_shape = tuple(map(site.counts.kept, x[len(x) - n :]))
     elif isinstance(module, _NormBase) and len(x) > 1:
-        module.num_features = site.counts.kept(x[1])
+        unbatched = isinstance(module, _InstanceNorm) and len(x) == module._get_no_batch_dim()
+        module.num_features = site.counts.kept(x[0 if unbatched else 1])

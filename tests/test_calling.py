@@ -1,0 +1,122 @@
+"""The graph is called like the model: its hooks, its containers of inputs, its modules' own weights and modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from chase_fx.errors import ArgumentError, CaptureError
+from tests.nets import Net
+
+
+def net(forward: Callable[..., Any]) -> Any:
+    """Three linear layers a (6, 8), b (8, 8), c (8, 3) in double precision, and how they are called."""
+    return Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3)).double().eval()
+
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _merged(m: Any, x: Tensor) -> Tensor:
+    weights = {"weight": m.b.weight * 3 + m.b.weight.T, "bias": m.b.bias}
+    return m.c(torch.func.functional_call(m.b, weights, (m.a(x),)).relu())
+
+
+def _swapped(m: Any, x: Tensor) -> Tensor:
+    own = m.b._parameters["weight"]
+    m.b._parameters["weight"] = own * 3
+    y = m.b(m.a(x)).relu()
+    m.b._parameters["weight"] = own
+    return m.c(y)
+
+
+@pytest.mark.parametrize("forward", [_merged, _swapped])
+def test_layers_called_with_other_weights(forward: Callable[..., Any]) -> None:
+    """A layer that is called with computed weights computes with them, in the traced and in the slim module."""
+    model = net(forward)
+    traced = chase_fx.trace(model, X)
+    assert torch.allclose(traced(X), model(X), rtol=0, atol=1e-12)
+    slim = chase_fx.prune(model, X)
+    assert slim.get_parameter("b.weight").shape[0] < 8
+
+
+@pytest.mark.parametrize(
+    ("forward", "example", "more"),
+    [
+        (lambda m, xs: m.c(sum(m.b(m.a(x)) for x in xs)), ([X, X],), ([X, X, X],)),
+        (lambda m, xs: m.c(sum(m.b(m.a(x)) for x in xs)), ((X, X),), ((X,),)),
+        (lambda m, xs: m.c(sum(m.b(m.a(x)) for x in xs.values())), ({"k": X},), ({"k": X, "l": X},)),
+        (lambda m, *xs: m.c(sum(m.b(m.a(x)) for x in xs)), (X, X), (X, X, X)),
+    ],
+)
+def test_another_number_of_inputs_is_refused(
+    forward: Callable[..., Any], example: tuple[Any, ...], more: tuple[Any, ...]
+) -> None:
+    """A list, a tuple, a dict or ``*args`` with more or fewer items than the example is no silent difference."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    Model.forward = forward
+    traced = chase_fx.trace(Model().double(), example)
+    assert torch.isfinite(traced(*example)).all()
+    with pytest.raises(ArgumentError, match="len"):
+        traced(*more)
+
+
+def test_hooks_of_the_model_itself() -> None:
+    """Hooks on the root run in the capture and so are part of the graph."""
+    model = net(lambda m, x: m.c(m.b(m.a(x)).relu()))
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model.register_forward_hook(lambda module, args, out: 2 * out)
+    traced = chase_fx.trace(model, X)
+    assert torch.equal(traced(X), model(X))
+    assert torch.equal(chase_fx.prune(model, X, channel_sparsity=0.0)(X), model(X))
+
+
+def test_inputs_that_hold_nothing_are_refused() -> None:
+    """An empty batch shows nothing of what the model does."""
+    with pytest.raises(CaptureError, match="no element"):
+        chase_fx.trace(net(lambda m, x: m.c(m.b(m.a(x)))), X[:0])
+
+
+class _Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.a(x), 0.5, self.training)
+
+
+def test_a_module_in_another_mode_is_reported() -> None:
+    """The mode of a module that is taken apart is that of the whole; where it differs a warning names it."""
+    model = nn.Sequential(_Backbone(), nn.Linear(8, 3)).double().train()
+    model[0].eval()
+    with pytest.warns(chase_fx.graphs.capture.SpecializationWarning, match="'0'"):
+        chase_fx.trace(model, X)
+
+
+def test_norm_of_an_unbatched_image() -> None:
+    """The channels of an image without a batch are its first dim."""
+    layers = [nn.Conv2d(3, 12, 3), nn.InstanceNorm2d(12, affine=True), nn.Conv2d(12, 8, 1)]
+    slim = chase_fx.prune(nn.Sequential(*layers).double().eval(), torch.randn(3, 9, 9, dtype=torch.float64))
+    assert slim.get_submodule("1").num_features == 6
+
+
+def test_weights_that_were_just_computed() -> None:
+    """A model whose weight is a computed tensor, as ``weight_norm`` leaves it, can be captured at once."""
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        first = nn.utils.weight_norm(nn.Conv1d(3, 8, 3))
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv1d(8, 4, 1)).double().eval()
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    assert torch.allclose(chase_fx.trace(model, x)(x), model(x), rtol=0, atol=1e-12)
+    assert chase_fx.prune(model, x).get_parameter("0.weight_v").shape == (4, 3, 3)
