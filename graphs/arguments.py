@@ -55,6 +55,7 @@ class Arguments:
         self.tape = tape
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
+        self._modules = modules
         parameters = parameters_in(modules)
         self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
@@ -301,7 +302,24 @@ class Arguments:
         slot.kind, slot.name = kind, name
         return name
 
+    def _computed_before(self, tensor: torch.Tensor) -> str | None:
+        """The attribute of the model that holds ``tensor`` and was computed from its parameters, if one does."""
+        given = dict(self.model.named_modules()) if self.model is not None else {}
+        for name, module in self._modules:
+            for attribute, value in vars(module).items():
+                if value is tensor and name in given:
+                    original = vars(given[name]).get(attribute)
+                    if isinstance(original, torch.Tensor) and original.grad_fn is not None:
+                        return f"{name}.{attribute}" if name else attribute
+        return None
+
     def _constant(self, tensor: torch.Tensor) -> str:
+        computed = self._computed_before(tensor)
+        if computed is not None:
+            raise CaptureError(
+                f"the forward uses '{computed}' at {source_line()}, computed from parameters before the capture "
+                "and would not follow them; compute it in the forward, or register it as a buffer"
+            )
         name = f"_chase_constant_{len(self.constants)}"
         self.constants[name] = tensor
         self._state[id(tensor)] = name

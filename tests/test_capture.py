@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import runpy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,29 @@ def test_train_mode_that_fails_is_refused_in_train_mode_only() -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
-    """A model that holds a computed tensor gives a clear error, for it can't be copied."""
+    """A model that holds what can't be copied gives a clear error."""
     net = nn.Linear(4, 2)
-    net.extra = net.weight * 2
+    net.extra = threading.Lock()
     with pytest.raises(CaptureError, match="can't be copied"):
         chase_fx.trace(net, torch.zeros(1, 4))
+
+
+class _Stale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.extra = self.a.weight * 2
+
+    def forward(self, x: Tensor, use: bool) -> Tensor:
+        return F.linear(self.a(x), self.extra if use else self.a.weight)
+
+
+def test_a_tensor_computed_before_the_capture_is_no_constant() -> None:
+    """What was computed from parameters may be there; a forward that uses it as it is would not follow them."""
+    net, x = _Stale(), torch.ones(1, 4)
+    assert torch.equal(chase_fx.trace(net, (x, False))(x, False), net(x, False))
+    with pytest.raises(CaptureError, match=r"'extra' .*computed from parameters before"):
+        chase_fx.trace(net, (x, True))
 
 
 def test_a_spread_keeps_two_units() -> None:
