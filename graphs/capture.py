@@ -47,7 +47,7 @@ _functional: Any = nn.functional  # its stub leaves out what is private
 
 
 class SpecializationWarning(UserWarning):
-    """The forward read tensor data into Python; the graph holds the value that the example inputs gave."""
+    """The forward read tensor data into Python; the graph refuses data by which Python would decide otherwise."""
 
 
 @uncollected()
@@ -127,8 +127,8 @@ def trace(
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     if specialised:
         warnings.warn(
-            "the forward reads tensor data or random numbers into Python, so the graph holds the values that it got: "
-            + "; ".join(dict.fromkeys(specialised)),
+            "the forward reads tensor data or random numbers into Python, so the graph holds the way that it took by "
+            "them, and refuses data that take another: " + "; ".join(dict.fromkeys(specialised)),
             SpecializationWarning,
             stacklevel=3,  # past the decorator
         )

@@ -7,15 +7,17 @@ ordinary functions: they run under ``torch.compile(fullgraph=True)``, in copies 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx.node import has_side_effect
 
 from chase_fx.errors import ArgumentError, OtherPathError
 
-__all__ = ["GUARDS", "check", "expect"]
+__all__ = ["GUARDS", "agree", "check", "check_data", "check_number", "expect"]
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -50,5 +52,50 @@ def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> No
     )
 
 
+def check_number(left: Any, comparison: str, right: Any, holds: bool, where: str) -> None:
+    """:func:`check` of a number that was read from data: what a compiler can't know is asserted when it runs."""
+    if torch.compiler.is_compiling():
+        found = _COMPARE[comparison](left, right)
+        torch._check(found if holds else torch.sym_not(found))
+    else:
+        check(left, comparison, right, holds, where)
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Whether two tensors have the same shape and the same values, as a tensor: () of bool."""
+    if a.shape != b.shape:
+        return a.new_zeros((), dtype=torch.bool)
+    return ((a == b) | (a.isnan() & b.isnan())).all()
+
+
+def check_data(found: torch.Tensor, expected: bool | float, where: str) -> None:
+    """Refuse data for which the model's Python code would take another path than it took in the capture.
+
+    Args:
+        found: a tensor of one number.
+        expected: what ``bool``, ``int`` or ``float``, the type of ``expected``, made of it in the capture.
+        where: the line that decides.
+    """
+    if torch.compiler.is_compiling():  # a value that decides would end the compiled graph, an assertion is part of it
+        number = found.reshape(())
+        kind = type(expected)
+        seen = number != 0 if kind is bool else number.long() if kind is int else number.double()
+        torch._assert_async(seen == expected, f"the model decides by data at {where}, and otherwise now")
+        return
+    if found.is_meta:
+        return
+    value = type(expected)(found.item())
+    if value == expected or (math.isnan(value) and math.isnan(expected)):
+        return
+    raise OtherPathError(
+        f"the model decides by data at {where}: it read {expected!r} when the graph was captured and reads {value!r} "
+        "now, so the model might run other code than the graph has; trace again with such inputs, or name the function "
+        "that decides in whole=",
+        where,
+    )
+
+
 # The graph keeps these nodes although nobody reads their value; so do torch.fx's own passes.
-GUARDS = frozenset({has_side_effect(expect), has_side_effect(check)})
+GUARDS = frozenset(
+    {has_side_effect(expect), has_side_effect(check), has_side_effect(check_data), has_side_effect(check_number)}
+)

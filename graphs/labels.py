@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from chase_fx.errors import UnsupportedOpError
 from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
+from chase_fx.graphs.rules.normaliser import DECISIVE, decisive
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import Capture, TraceInfo
 from chase_fx.graphs.unification import Axes
@@ -106,9 +107,10 @@ class _Propagation:
             for slot in op.inputs():
                 self._read(slot, op)
             facts = self.facts[position] = Facts()
-            if position in self.measured and not op.whole and self._measure(op):
+            measured = position in self.measured and not op.whole
+            if measured and self._measure(op):
                 continue
-            self._apply(op, facts)
+            self._apply(op, facts, decides=measured and op.op in DECISIVE)
             self.labelling.producers.update(axis.owner for axis in facts.produced if isinstance(axis, Atom))
         for leaf in self.capture.outputs:
             self._read(leaf.slot, None)
@@ -140,9 +142,9 @@ class _Propagation:
             self.labels.setdefault(out.index, self.labels[first.index])
         return True
 
-    def _apply(self, op: TapedOp, facts: Facts) -> None:
+    def _apply(self, op: TapedOp, facts: Facts, *, decides: bool) -> None:
         view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts)
-        for slot, given in zip(op.outs, self._answer(view), strict=False):
+        for slot, given in zip(op.outs, [decisive(view)] if decides else self._answer(view), strict=False):
             label = given
             if tuple(axis.size for axis in given) != slot.shape:
                 self._refuse(view, f"the rule gave sizes {[a.size for a in given]} for {slot.shape}")
@@ -198,9 +200,10 @@ def _live_ops(capture: Capture) -> set[int]:
 
 
 def _measured_ops(capture: Capture) -> set[int]:
-    """Positions of the calls that no output's value depends on: their results are read for their shape alone."""
+    """Positions of the calls that no output's value depends on: their results are measured, or something is decided."""
     slots = {leaf.slot.index for leaf in capture.outputs}
     storages = {leaf.slot.storage for leaf in capture.outputs}
+    storages.update(slot.storage for slot in capture.tape.slots if slot.kind == "buffer")  # those outlive the forward
     measured: set[int] = set()
     for position in range(len(capture.tape.ops) - 1, -1, -1):
         op = capture.tape.ops[position]

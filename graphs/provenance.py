@@ -1,4 +1,4 @@
-"""Which dims of which tensors a size argument was computed from."""
+"""What a number was computed from: dims of tensors, or data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx import Node
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.tape import Sizes, Slot
 
-__all__ = ["view_sizes"]
+__all__ = ["from_data", "view_sizes"]
 
 _VIEWS = frozenset({"view", "reshape", "view_copy", "_unsafe_view"})
 
@@ -37,3 +37,12 @@ def _origins(size: Any) -> tuple[tuple[Slot, int], ...]:
             found = tuple(dict.fromkeys(pair for part in size.all_input_nodes for pair in _origins(part)))
         size.meta["origins"] = found
     return found
+
+
+def from_data(number: Any) -> bool:
+    """Whether a number was computed from the data of a tensor."""
+    if not isinstance(number, Node) or "slot" in number.meta:
+        return False
+    if call_name(number) in ("item", "tolist"):
+        return True
+    return any(map(from_data, number.all_input_nodes))

@@ -38,9 +38,19 @@ def _derived(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_number, args))
         return derive(fn, args) if not kwargs and _live_numbers(args) else fn(*args, **kwargs)
 
     return call
+
+
+def _number(value: Any) -> Any:
+    """A tensor of one number as that number, which is live: what Python makes of the tensor itself would not be."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with torch._C.DisableTorchFunction():
+        single = value.numel() == 1 and not value.is_complex()
+    return value.item() if single else value
 
 
 def _live_numbers(values: tuple[Any, ...]) -> bool:

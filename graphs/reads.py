@@ -1,24 +1,16 @@
-"""What a forward reads of its tensors: properties, sizes, and numbers from their data.
-
-Sizes are live numbers. A number from data stays live where it is an argument; what Python does with it is fixed.
-"""
+"""What a forward reads of its tensors besides data: properties and sizes. Sizes are live numbers."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from chase_fx.errors import CaptureError
-from chase_fx.graphs.live import LiveFloat, LiveInt, fix, plain
-from chase_fx.graphs.recording import Recording
+from chase_fx.graphs.decisions import Decisions
+from chase_fx.graphs.live import LiveInt, fix, plain
 from chase_fx.graphs.source import source_line
-from chase_fx.graphs.whole import enclosing
 
 __all__ = ["SIZE_CALLS", "Reads"]
 
@@ -32,25 +24,9 @@ _PLAIN_PROPERTIES = frozenset(
         "is_vulkan", "is_ort", "is_hpu", "is_maia", "is_mtia",
     }
 )  # fmt: skip
-# Calls whose result is a Python value computed from tensor *data*: the graph is specialised to it.
-_READS_DATA = frozenset(
-    {
-        "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "equal", "allclose",
-        "is_nonzero", "__array__", "__contains__",
-    }
-)  # fmt: skip
-_READS_NUMBERS = frozenset({"item", "tolist"})
-# Calls that give a Python value which does not depend on the data.
-_ABOUT = frozenset(
-    {
-        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "stride",
-        "storage_offset", "element_size", "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
-        "is_tensor", "is_storage", "is_pinned", "is_shared", "__hash__", "register_hook",
-    }
-)  # fmt: skip
 
 
-class Reads(Recording):
+class Reads(Decisions):
     """A recording of what is read, and of what is assigned to buffers and properties."""
 
     def _read_property(self, getter: Any, args: tuple[Any, ...]) -> Any:
@@ -129,39 +105,3 @@ class Reads(Recording):
         """The forward looks at the shape of a tensor that depends on the inputs."""
         if not self._measures_at and self.arguments.measured(tensor) is not None:
             self._measures_at = source_line()
-
-    def _live_dim(self, tensor: torch.Tensor, dim: int, size: int, method: str = "size") -> int:
-        source = self.arguments.measured(tensor)
-        return size if source is None else LiveInt(size, self, lambda: self.arguments.size(method, source, dim))
-
-    def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call whose result is no tensor: the graph holds the value, if anything was done with it."""
-        if name in _READS_DATA:
-            line = source_line()
-            self.specialised.append(f"{name} at {line}")
-            self.reads.setdefault(line, enclosing())
-        if name not in _ABOUT:
-            self._need_values(args, kwargs)
-        return self._read_numbers(name, args[0], out) if name in _READS_NUMBERS and args else out
-
-    def _read_numbers(self, name: str, tensor: torch.Tensor, out: Any) -> Any:
-        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls.
-
-        How many there are is fixed, for Python counts a list without asking anybody.
-        """
-        for d, n in enumerate(self.tape.slot_of(tensor).shape):
-            fix(self._live_dim(tensor, d, n))
-        node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
-        node.meta["source"] = ""
-
-        def element(build: Callable[[], Node], place: int) -> Node:
-            return self.arguments.number(operator.getitem, (build(), place))
-
-        def live(value: Any, build: Callable[[], Node]) -> Any:
-            if isinstance(value, list):
-                return [live(v, functools.partial(element, build, i)) for i, v in enumerate(value)]
-            if type(value) is int:
-                return LiveInt(value, self, build)
-            return LiveFloat(value, self, build) if type(value) is float else value
-
-        return live(out, lambda: node)

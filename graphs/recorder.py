@@ -23,6 +23,7 @@ from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
+from chase_fx.graphs.given import Given
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
@@ -76,7 +77,7 @@ class Recorder(Reads):
         self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
         self._leaf_reads_training = False
-        self._tensors = {id(m): _tensors_of(m) for _, m in self.modules}
+        self._given = Given(self.modules)
         self.mode_readers: set[str] = set()
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -110,8 +111,10 @@ class Recorder(Reads):
             self._active = False
             for attributes, name, value in floats:
                 attributes[name] = plain(attributes.get(name, value))
-            for module in hidden:
+            for _, module in self.modules:
                 module.__dict__.setdefault("training", training[id(module)])
+                if is_leaf(module, self.leaves) or may_be_leaf(module):
+                    self._given.restore(module)
 
     def _module_patches(self, training: dict[int, bool]) -> list[Patch]:
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
@@ -136,6 +139,8 @@ class Recorder(Reads):
         def setattribute(module: nn.Module, name: str, value: Any) -> None:
             if recorder._active and isinstance(value, torch.Tensor) and name in module.__dict__.get("_buffers", ()):
                 recorder._write_buffer(module, name, value)
+            if recorder._active and name == "training":  # in another mode this may be a change
+                recorder.reads_training = True
             original_setattr(module, name, value)
 
         new = {"__call__": call, "__getattr__": getattribute, "__setattr__": setattribute}
@@ -181,12 +186,13 @@ class Recorder(Reads):
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
-        if is_leaf(module, self.leaves) and self._is_own(module):
+        stays = self._given.still(module)
+        if is_leaf(module, self.leaves) and stays:
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
             out, start = self._run_leaf(module, original, args, kwargs)
             return self._record_leaf(name, module, (args, kwargs), out, start)
-        if may_be_leaf(module) and len(args) >= 1 and isinstance(args[0], torch.Tensor):
+        if may_be_leaf(module) and stays and len(args) >= 1 and isinstance(args[0], torch.Tensor):
             self._leaf_reads_training = False
             rng = torch.get_rng_state()
             mark = len(self.tape.ops)
@@ -197,11 +203,9 @@ class Recorder(Reads):
                 return self._record_leaf(name, module, (args, kwargs), out, start)
             del self.tape.ops[mark:]
             torch.set_rng_state(rng)
+        if module.__dict__.get("training") is self._given.mode(module):
+            module.__dict__.pop("training", None)  # a leaf that is taken apart: reading its mode has to be noticed
         return original(module, *args, **kwargs)
-
-    def _is_own(self, module: nn.Module) -> bool:
-        """Whether a module still has its own tensors: a forward may have put others there (``functional_call``)."""
-        return _tensors_of(module) == self._tensors[id(module)]
 
     def _run_leaf(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -347,10 +351,6 @@ class Recorder(Reads):
                 return func(*args, **kwargs)
         finally:
             module.has_torch_function = original
-
-
-def _tensors_of(module: nn.Module) -> list[int]:
-    return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
 
 
 def _transformed() -> bool:

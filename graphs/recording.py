@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.calls import call_name
-from chase_fx.graphs.guards import check
-from chase_fx.graphs.provenance import view_sizes
+from chase_fx.graphs.guards import check, check_number
+from chase_fx.graphs.provenance import from_data, view_sizes
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
@@ -65,7 +65,8 @@ class Recording(TorchFunctionMode):
             self._guards.add(key)
             line = source_line()
             self.deciders.setdefault(line, enclosing())
-            self.arguments.call(check, (a, comparison, b, holds, line), plain=True)
+            guard = check_number if from_data(a) or from_data(b) else check
+            self.arguments.call(guard, (a, comparison, b, holds, line), plain=True)
 
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.rules.dims import reduced_dims, reduced_labels
 from chase_fx.graphs.rules.pointwise import broadcast
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
+    "DECISIVE",
     "average",
     "batch_norm",
+    "decisive",
     "extreme",
     "group_norm",
     "label_loss",
@@ -21,6 +25,8 @@ __all__ = [
     "rms_norm",
     "softmax",
 ]
+
+aten = torch.ops.aten
 
 _UNREDUCED = 0  # torch's number for reduction="none"
 
@@ -133,6 +139,25 @@ def extreme(op: LabelledOp) -> Sequence[Labels] | Refusal:
         op.freeze(op[x][d], "a maximum or a product runs over it")
     labels = reduced_labels(op, x, dims)
     return [labels for _ in op.op.outs]
+
+
+# Reductions whose value lies in the same range however many units there are, unlike an index or a product.
+DECISIVE = frozenset(
+    {
+        aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
+        aten.max.default, aten.min.default, aten.amax.default, aten.amin.default,
+    }
+)  # fmt: skip
+
+
+def decisive(op: LabelledOp) -> Labels:
+    """Reductions from which nothing but a decision is made: the units that exist decide, so none has to stay."""
+    x = op.arg(0, "self")
+    has_dim = len(op.op.args) > 1 or "dim" in op.op.kwargs
+    dims = reduced_dims(x, op.arg(1, "dim")) if has_dim else list(range(len(x.shape)))
+    for d in dims:
+        op.reduce(x, d)
+    return reduced_labels(op, x, dims)
 
 
 def ordered(op: LabelledOp) -> Sequence[Labels]:

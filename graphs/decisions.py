@@ -1,0 +1,126 @@
+"""What a forward reads of its tensors' data: numbers, and decisions.
+
+A number stays live where it is an argument: the graph reads it again. What Python decides by data holds for the example
+alone, so the graph has a guard there: where the data would decide otherwise, it refuses to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from chase_fx.graphs.guards import agree, check_data
+from chase_fx.graphs.live import LiveFloat, LiveInt, fix
+from chase_fx.graphs.recording import Recording
+from chase_fx.graphs.source import source_line
+from chase_fx.graphs.tape import Slot, Tape
+from chase_fx.graphs.whole import enclosing
+
+__all__ = ["Decisions"]
+
+# Calls that make a Python number of a tensor of one number.
+_CONVERSIONS = frozenset({"__bool__", "is_nonzero", "__int__", "__index__", "__float__"})
+# Calls that compare tensors, as calls that give a tensor.
+_COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
+    "equal": agree,
+    "allclose": lambda *args, **kwargs: torch.isclose(*args, **kwargs).all(),
+    "__contains__": lambda tensor, value: torch.eq(tensor, value).any(),
+}
+_COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+_READS_NUMBERS = frozenset({"item", "tolist"})
+# Calls that hand all data out: whatever comes of it is a constant.
+_READS_ALL = frozenset({"numpy", "__array__", "__complex__"})
+_READS_DATA = frozenset({*_CONVERSIONS, *_COMPARISONS, *_READS_NUMBERS, *_READS_ALL})
+# Calls that give a Python value which does not depend on the data.
+_ABOUT = frozenset(
+    {
+        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "stride",
+        "storage_offset", "element_size", "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
+        "is_tensor", "is_storage", "is_pinned", "is_shared", "__hash__", "register_hook",
+    }
+)  # fmt: skip
+
+
+class Decisions(Recording):
+    """A recording of numbers from data, and of what Python decides by data."""
+
+    def _call_function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write one call of the torch API."""
+        raise NotImplementedError
+
+    def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose result is no tensor."""
+        if name not in _ABOUT:
+            self._need_values(args, kwargs)
+        if name not in _READS_DATA:
+            return out
+        line = source_line()
+        self.specialised.append(f"{name} at {line}")
+        for places in (self.reads, self.deciders):
+            places.setdefault(line, enclosing())
+        numbers = name in _READS_NUMBERS and args and args[0].dtype not in (torch.bool, *_COMPLEX)
+        if numbers:
+            return self._read_numbers(name, args[0], out)
+        if not isinstance(args[0], torch.Tensor) or not _drawn(self.tape, self.tape.slot_of(args[0])):
+            self._decide(name, out, args, kwargs, line)
+        return out
+
+    def _decide(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> None:
+        """Write a guard: the forward goes on with ``out``."""
+        if name in _CONVERSIONS or (name == "item" and type(out) is bool):
+            self.arguments.call(check_data, (args[0], out, line))
+            return
+        if name in _COMPARISONS:
+            with self:
+                same = _COMPARISONS[name](*args, **kwargs)
+            self.arguments.call(check_data, (same, out, line))
+            return
+        start = len(self.tape.ops)
+        with _disable_current_modes():
+            known = args[0].detach().clone()  # no result of the forward, but a constant
+        same = self._call_function(agree, "agree", (args[0], known), {})
+        for op in self.tape.ops[start:]:
+            op.whole = True  # all of the data, so all of the channels
+        self.arguments.call(check_data, (same, True, line))
+
+    def _live_dim(self, tensor: torch.Tensor, dim: int, size: int, method: str = "size") -> int:
+        source = self.arguments.measured(tensor)
+        return size if source is None else LiveInt(size, self, lambda: self.arguments.size(method, source, dim))
+
+    def _read_numbers(self, name: str, tensor: torch.Tensor, out: Any) -> Any:
+        """Numbers read from data stay live: the graph reads them again where they are arguments of its calls.
+
+        How many there are is fixed, for Python counts a list without asking anybody.
+        """
+        for d, n in enumerate(self.tape.slot_of(tensor).shape):
+            fix(self._live_dim(tensor, d, n))
+        node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
+        node.meta["source"] = ""
+
+        def element(build: Callable[[], Node], place: int) -> Node:
+            return self.arguments.number(operator.getitem, (build(), place))
+
+        def live(value: Any, build: Callable[[], Node]) -> Any:
+            if isinstance(value, list):
+                return [live(v, functools.partial(element, build, i)) for i, v in enumerate(value)]
+            if type(value) is int:
+                return LiveInt(value, self, build)
+            return LiveFloat(value, self, build) if type(value) is float else value
+
+        return live(out, lambda: node)
+
+
+def _drawn(tape: Tape, slot: Slot) -> bool:
+    """Whether random numbers alone make a tensor, whatever the inputs are."""
+    wanted, found = {slot.index}, False
+    for op in reversed(tape.ops):
+        if any(out.index in wanted for out in op.outs):
+            wanted.update(s.index for s in op.inputs())
+            found = found or torch.Tag.nondeterministic_seeded in op.op.tags
+    return found and not any(tape.slots[index].kind == "input" for index in wanted)

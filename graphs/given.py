@@ -1,0 +1,78 @@
+"""What modules held before a forward.
+
+A leaf of the graph runs with the settings and tensors that the module has then. A forward that changes them between
+calls (``self.drop.p = 0.5``, ``self.pool.kernel_size = x.shape[2:]``, ``self.bn.eval()``, weights swapped by
+``functional_call``) means what they are at each call, so such a call is taken apart: the graph holds what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from chase_fx.graphs.live import Watchful, is_live, plain
+from chase_fx.graphs.walk import Modules
+
+__all__ = ["Given"]
+
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+
+
+class Given:
+    """Settings and tensors of ``modules``, as they are now."""
+
+    def __init__(self, modules: Modules) -> None:
+        self._tensors = {id(m): _tensors(m) for _, m in modules}
+        self._settings = {id(m): (m, {k: _copy(v) for k, v in _own(m).items()}) for _, m in modules}
+
+    def still(self, module: nn.Module) -> bool:
+        """Whether ``module`` has the tensors and settings that it had."""
+        settings = self._settings[id(module)][1]
+        found = {"training": settings.get("training"), **_own(module)}  # which is taken away during a capture
+        return (
+            _tensors(module) == self._tensors[id(module)]
+            and found.keys() == settings.keys()
+            and all(_same(value, settings[name]) for name, value in found.items())
+        )
+
+    def mode(self, module: nn.Module) -> bool | None:
+        """The mode that ``module`` had; none if it is not one of these."""
+        found = self._settings.get(id(module))
+        return None if found is None else found[1].get("training")
+
+    def restore(self, module: nn.Module) -> None:
+        """Give ``module`` its settings back."""
+        if not self.still(module):
+            for name in _own(module):
+                del module.__dict__[name]
+            module.__dict__.update(self._settings[id(module)][1])
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
+
+
+def _tensors(module: nn.Module) -> list[int]:
+    return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
+
+
+def _copy(value: Any) -> Any:
+    return type(value)(value) if type(value) in (list, dict, set) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if is_live(a):
+        return False
+    if type(a) is Watchful:
+        a = plain(a)
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) in (bool, int, float, complex, str, bytes) and bool(a == b)

@@ -1,0 +1,89 @@
+"""A forward that changes its own modules, their settings or their mode, between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from tests.oracle import assert_exact, randomise
+
+
+class Changing(nn.Module):
+    """Convolutions around ``change``, which may do anything to the modules."""
+
+    def __init__(self, change: Callable[[Changing, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.norm, self.drop, self.pool = nn.BatchNorm2d(8), nn.Dropout(0.0), nn.AvgPool2d(2)
+        self.act = nn.LeakyReLU(0.1)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.change(self, self.a(x))).mean((2, 3))
+
+
+def slope_twice(m: Changing, y: Tensor) -> Tensor:
+    m.act.negative_slope = 0.1
+    y = m.act(y)
+    m.act.negative_slope = 0.7
+    return m.act(y)
+
+
+def pool_all(m: Changing, y: Tensor) -> Tensor:
+    m.pool.kernel_size = y.shape[2:]
+    return y * m.pool(y)
+
+
+def pool_by_size(m: Changing, y: Tensor) -> Tensor:
+    m.pool.kernel_size = y.shape[2] // 2
+    m.pool.stride = y.shape[3] // 2
+    return m.pool(y)
+
+
+def frozen_norm(m: Changing, y: Tensor) -> Tensor:
+    m.norm.eval()
+    return m.norm(y)
+
+
+def dilated(m: Changing, y: Tensor) -> Tensor:
+    m.b.stride = (2, 2)
+    z = m.b(y)
+    m.b.stride = (1, 1)
+    return F.pad(z, (0, 0, 0, 0, 0, 4))
+
+
+def dropping_late(m: Changing, y: Tensor) -> Tensor:
+    y = m.drop(y)
+    m.drop.p = 0.5
+    y = m.drop(y)
+    m.drop.p = 0.0
+    return y
+
+
+def images(n: int, size: int) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("change", [slope_twice, pool_all, pool_by_size, frozen_norm, dilated, dropping_late])
+def test_settings_are_those_of_each_call(change: Callable[[Changing, Tensor], Tensor]) -> None:
+    """Each call runs with the settings that the forward gave the module, at other sizes and in train mode too."""
+    x, other = images(2, 8), images(3, 12)
+    model = randomise(Changing(change), (x,))
+    traced = chase_fx.trace(model, x)
+    for inputs in (x, other, x):
+        assert torch.equal(traced(inputs), model(inputs))
+    slim = chase_fx.prune(model, x)
+    assert slim.get_submodule("a").weight.shape[0] < 8
+    assert_exact(model, slim, (x,))
+    assert_exact(model, slim, (other,))
+    model.train(), traced.train()
+    torch.manual_seed(0)
+    want = model(other)
+    torch.manual_seed(0)
+    assert torch.equal(traced(other), want)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), traced.buffers(), strict=True))
