@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def restored_generators() -> Iterator[Callable[[], bool]]:
     python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator)
 
     def drawn() -> bool:
-        return random.getstate() != python or str(np.random.get_state(legacy=False)) != str(numpy)  # noqa: NPY002
+        return random.getstate() != python or not _same(np.random.get_state(legacy=False), numpy)  # noqa: NPY002
 
     try:
         yield drawn
@@ -34,3 +35,10 @@ def restored_generators() -> Iterator[Callable[[], bool]]:
             torch.cuda.set_rng_state_all(cuda)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _same(state: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator, dictionaries of dictionaries, arrays and numbers, are the same."""
+    if isinstance(state, Mapping):
+        return all(_same(value, other[key]) for key, value in state.items())
+    return np.array_equal(state, other)
