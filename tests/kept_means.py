@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 import chase_fx
 from tests.oracle import masked_copy, tensors
 
-__all__ = ["UndecidedError", "expected_output", "masked_run"]
+__all__ = ["UndecidedError", "expected_output", "masked_run", "seed"]
 
 _REDUCTIONS = frozenset(
     {
@@ -307,8 +307,13 @@ def _masked_result(
 
 def _drawn(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What ``root`` gives; a forward that draws numbers draws the same ones every time."""
-    torch.manual_seed(0)
+    seed()
     return root(*args, **kwargs)
+
+
+def seed() -> None:
+    """The state that every forward of a judgement draws from. (``torch.manual_seed`` looks for accelerators.)"""
+    torch.default_generator.manual_seed(0)
 
 
 def _zero_buffers(masked: nn.Module, kept: Mapping[str, tuple[Tensor | None, ...]]) -> None:

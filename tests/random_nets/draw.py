@@ -166,7 +166,7 @@ def _tokens(draw: st.DrawFn, width: int, length: int, tied: nn.Embedding | None)
     for _ in range(draw(st.integers(1, 4))):
         layer, width, length = token_block(draw, width, length)
         layers.append(layer)
-    if tied is None and draw(st.integers(0, 5)) == 0:
+    if tied is None and length > 1 and draw(st.integers(0, 5)) == 0:
         block, width, size = map_block(draw, width, (length,))
         head = draw(st.sampled_from(("flatten", "mean", "max")))
         return [*layers, ToMap(), block, MapHead(width, size, head, hidden=draw(st.booleans()))]

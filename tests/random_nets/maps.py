@@ -290,6 +290,8 @@ _IMAGES = ("windows", "space", "shuffled", "unshuffled", "dynamic", "channels")
 def _keeping(draw: st.DrawFn, name: str, width: int, size: tuple[int, ...]) -> nn.Module:
     rank = len(size)
     first = width // 2 if name == "split" and width % 2 == 0 else part(draw, width)
+    pools = (_MAX,) if rank == 3 and min(size) < 3 else (_MAX, _AVERAGE)  # torch wants the window inside of a volume
+    halves = all(n % 2 == 0 and n >= 4 for n in size)  # and an instance norm more than one pixel
     make: dict[str, Callable[[], nn.Module]] = {
         "residual": lambda: Residual(
             plain(draw, rank, width, width, draw(st.sampled_from(divisors(width)))), plain(draw, rank, width, width)
@@ -304,9 +306,9 @@ def _keeping(draw: st.DrawFn, name: str, width: int, size: tuple[int, ...]) -> n
         "partial": lambda: Partial(first, plain(draw, rank, first, first), write=draw(st.booleans())),
         "shuffle": lambda: Shuffle(draw(st.sampled_from(divisors(width))), own=draw(st.booleans())),
         "excite": lambda: SqueezeExcite(rank, width, linear=draw(st.booleans())),
-        "pool": lambda: draw(st.sampled_from((_MAX, _AVERAGE)))[rank - 1](3, 1, 1),
+        "pool": lambda: draw(st.sampled_from(pools))[rank - 1](3, 1, 1),
         "scale": lambda: Scale(rank, width),
-        "unet": lambda: _unet(draw, rank, width),
+        "unet": lambda: _unet(draw, rank, width) if halves else plain(draw, rank, width, width),
         "film": lambda: Film(width),
         "tokens": lambda: Tokens(attention(draw, width, math.prod(size))),
         "prelu": lambda: nn.PReLU(width),
@@ -343,7 +345,7 @@ def _widening(  # noqa: PLR0911
 ) -> Sized:
     """A random block that may give another number of channels, or another size."""
     rank, out = len(size), draw(st.sampled_from(WIDTHS))
-    half, double = tuple(n // 2 for n in size), tuple(2 * n for n in size)
+    half, double = tuple((n + 1) // 2 for n in size), tuple(2 * n for n in size)
     if name == "concat" and width <= 16:
         more = draw(st.sampled_from((4, 6)))
         return Concat(plain(draw, rank, width, more)), width + more, size
