@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chase_fx.errors import ArgumentError
+from chase_fx.sparse.alive import Alive
 from chase_fx.sparse.masks import SparseWeights
 from chase_fx.sparse.ranking import ChannelCount, Ranking, choose, comparable
 from chase_fx.sparse.schedule import cubic
@@ -149,6 +150,16 @@ class ChannelState:
         costs = _one_per_unit("channel cost", self.rule.cost(units, weights.alive), units)
         # A unit that saves nothing goes last, which the division by the least positive number sees to.
         return scores / costs.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def shapes_keeping(self, kept: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of all groups, once all units but ``kept`` (in the first numbering) are cut off."""
+        alive, shapes = Alive(), {}
+        for units in self.units:
+            gone = (~kept[units.group.name][units.ids]).nonzero().squeeze(1)
+            for part in units.slices:
+                alive.remove(part.name, part.parameter.shape, part.dim, part.positions[gone])
+                shapes[part.name] = part.parameter.shape
+        return {name: tuple(alive.counts(name, shape)) for name, shape in shapes.items()}
 
     def remove(self, gone: Mapping[str, Tensor], weights: SparseWeights) -> None:
         """Take units (in the first numbering) away: masks of every member follow, weights at the next ``apply``."""

@@ -35,6 +35,13 @@ class Stateful(Protocol):
         """Put it back."""
 
 
+class Resumable(Stateful, Protocol):
+    """A trainer: it can say beforehand whether a state fits."""
+
+    def check_state(self, state: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+        """Raise unless ``state`` fits; the shapes that the parameters have once it is loaded, where they change."""
+
+
 def save_run(
     path: str | os.PathLike[str], trainer: Stateful, module: nn.Module, optimizer: Optimizer,
     others: Mapping[str, Stateful],
@@ -92,7 +99,7 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_run(
-    run: Mapping[str, Any], trainer: Stateful, module: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful]
+    run: Mapping[str, Any], trainer: Resumable, module: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful]
 ) -> None:
     """Put everything back; see :meth:`SparseTrainer.restore`.
 
@@ -102,6 +109,7 @@ def load_run(
     _require("tensors of the module", module.state_dict(), run["module"])
     _require("other parts (keyword arguments of save and restore)", others, run["others"])
     _require_groups(module, optimizer, run["optimizer"])
+    _require_shapes(module, run["module"], trainer.check_state(run["trainer"]))
     trainer.load_state_dict(run["trainer"])
     module.load_state_dict(run["module"])
     _load_optimizer(module, optimizer, run["optimizer"])
@@ -117,6 +125,22 @@ def _require(what: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> No
         odd = sorted(mine.keys() ^ found.keys())[:3]
         msg = f"the checkpoint has other {what} than this run; they differ in {odd}: build the run as it was"
         raise CheckpointError(msg)
+
+
+def _require_shapes(module: nn.Module, found: Mapping[str, Any], resized: Mapping[str, tuple[int, ...]]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, mine in module.state_dict().items():
+        saved = found[name]
+        if not isinstance(mine, Tensor) or not isinstance(saved, Tensor):
+            continue
+        # What live shrink makes of buffers is known only once it has: they follow the parameters.
+        shape = resized.get(name, tuple(mine.shape)) if name in parameters or not resized else tuple(saved.shape)
+        if (tuple(saved.shape), saved.dtype) != (shape, mine.dtype):
+            msg = (
+                f"the checkpoint has {name!r} as {saved.dtype} of shape {tuple(saved.shape)}, this run needs "
+                f"{mine.dtype} of {shape}: build the module as it was"
+            )
+            raise CheckpointError(msg)
 
 
 def _names(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:

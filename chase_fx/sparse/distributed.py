@@ -110,6 +110,8 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     present = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters]))
     for parameter, count in zip(parameters, present.tolist(), strict=True):
         if count:
+            if parameter.grad is not None and parameter.grad.is_sparse:  # ranks have other rows
+                parameter.grad = parameter.grad.to_dense()
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             wire = gradient.to(_device(), copy=True).div_(world_size())
             dist.all_reduce(wire)

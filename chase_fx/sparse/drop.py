@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +35,16 @@ class Drop:
     score: WeightScore = magnitude
     scope: Scope = "global"
 
-    def __call__(self, weights: SparseWeights, keep: int, generator: torch.Generator) -> list[int]:
-        """Drop down to ``keep`` active weights in all, in place; the number dropped per layer."""
+    def __call__(
+        self, weights: SparseWeights, keep: int, generator: torch.Generator, limits: Sequence[int] | None = None
+    ) -> list[int]:
+        """Drop down to ``keep`` active weights in all, in place; the number dropped per layer.
+
+        limits: per layer how many may go at most, for the layer scope; together, for the global one.
+        """
         before = weights.counts()
+        if limits is not None and self.scope == "global":
+            keep = max(keep, sum(before) - sum(limits))
         if keep >= sum(before):
             return [0] * len(before)
         scores = self.score(weights, weights.masks, generator)
@@ -44,6 +52,7 @@ class Drop:
             kept = select_global(scores, weights.masks, keep)
         else:
             lost = allocate(sum(before) - keep, [float(count) for count in before], before)
+            lost = [min(less, most) for less, most in zip(lost, limits or before, strict=True)]
             kept = select_each(scores, weights.masks, [count - less for count, less in zip(before, lost, strict=True)])
         for mask, new in zip(weights.masks, kept, strict=True):
             mask.copy_(new)

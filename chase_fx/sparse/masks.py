@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from chase_fx.errors import ArgumentError, NothingToPruneError
 from chase_fx.sparse.alive import Alive
-from chase_fx.sparse.optim import slots
+from chase_fx.sparse.optim import dense, slots
 
 __all__ = ["Choice", "SparseWeights", "maskable"]
 
@@ -186,7 +186,7 @@ class SparseWeights:
                 "optimizer.zero_grad()"
             )
             raise ArgumentError(msg)
-        return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.parameters]
+        return [torch.zeros_like(weight) if weight.grad is None else dense(weight.grad) for weight in self.parameters]
 
     @property
     def has_gradients(self) -> bool:

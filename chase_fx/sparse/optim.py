@@ -8,14 +8,20 @@ with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from chase_fx.errors import OptimizerMismatchError
 
-__all__ = ["held_parameters", "require_held", "slots"]
+__all__ = ["dense", "held_parameters", "require_held", "require_sliceable", "slots"]
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient itself, or a dense copy of a sparse one (``nn.Embedding(sparse=True)``)."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def slots(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
@@ -33,6 +39,47 @@ def slots(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, 
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 yield name, value
+
+
+def sliceable(slot: Any, shape: Sequence[int]) -> bool:
+    """Whether a slot of a parameter of ``shape`` can be cut with it: one number, or one per weight, row or column.
+
+    A factored slot has the parameter's dims, some of them shrunk to 1 (Adafactor's ``row_var``). What has other dims
+    (the vectors that LBFGS makes of all parameters, a preconditioner, blocks of a quantised moment) belongs to the
+    parameter as it was.
+
+    >>> import torch
+    >>> [sliceable(torch.ones(s), (4, 3)) for s in ((4, 3), (4, 1), (), (12,), (4, 4))]
+    [True, True, True, False, False]
+    """
+    if isinstance(slot, (list, tuple)):
+        return all(not isinstance(part, Tensor) or part.numel() <= 1 for part in slot)
+    if not isinstance(slot, Tensor) or slot.numel() <= 1:
+        return True
+    return len(slot.shape) == len(shape) and all(n in (1, m) for n, m in zip(slot.shape, shape, strict=True))
+
+
+def require_sliceable(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise unless live shrink can cut the state of ``parameters``.
+
+    Raises:
+        OptimizerMismatchError: naming the first slot that it can't.
+    """
+    total = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    named: dict[Any, str] = {parameter: name for name, parameter in parameters}
+    for parameter, state in optimizer.state.items():
+        name = named.get(parameter)
+        for key, slot in state.items() if isinstance(state, Mapping) else ():
+            # One slot for all parameters stands with the first of them, whichever that is.
+            of_all = isinstance(slot, Tensor) and slot.numel() == total > parameter.numel()
+            if of_all or (name is not None and not sliceable(slot, parameter.shape)):
+                shape = f"shape {tuple(slot.shape)}" if isinstance(slot, Tensor) else "several tensors"
+                msg = (
+                    f"live_shrink=True can't cut the slot {key!r} ({shape}) that {type(optimizer).__name__} keeps for "
+                    f"{name or 'its first parameter'} of shape {tuple(parameter.shape)}: only numbers and tensors with "
+                    f"one entry per weight, row or column can follow. Use live_shrink=False, or another optimizer"
+                )
+                raise OptimizerMismatchError(msg)
 
 
 def held_parameters(optimizer: Optimizer) -> set[int]:

@@ -26,6 +26,20 @@ class Counts:
     drop: int
     end: int
 
+    @classmethod
+    def of(cls, targets: Targets, size: int, capacity: int) -> Counts:
+        """The densities ``targets`` in weights. size: masked weights at the start. capacity: places left.
+
+        >>> Counts.of(Targets(0.5, drop=0.25), 100, 40)
+        Counts(prune=100, drop=20, end=40)
+        """
+        wanted = max(1, round(targets.grow * size))
+        end = min(wanted, capacity)
+        # Where the channels left hold fewer weights than wanted, the share dropped refers to what they hold.
+        drop = round(targets.drop * size * end / wanted)
+        end += round(targets.fill * (capacity - end))
+        return cls(size if targets.prune is None else round(targets.prune * size), drop, end)
+
 
 class Update(Protocol):
     """Changes masks towards the counts."""
@@ -42,7 +56,11 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class DropAndGrow:
-    """Drop, then grow among the inactive; without ``grow``, removed channels take their weights along."""
+    """Drop, then grow among the inactive; without ``grow``, removed channels take their weights along.
+
+    What would have to grow again at once, for want of other places, is not dropped: it would only lose its value. So a
+    layer without empty places stays as it is, and one with few explores these.
+    """
 
     drop: Drop = field(default_factory=Drop)
     grow: Grow | None = None
@@ -52,7 +70,13 @@ class DropAndGrow:
         grow = self.grow or (Grow() if refill else None)
         end = counts.end if grow else min(counts.end, weights.nnz)
         Drop(scope="global")(weights, max(counts.prune, 0), generator)
-        lost = self.drop(weights, min(counts.drop, end), generator)
+        keep = min(counts.drop, end)
+        if grow and keep < end:
+            self.drop(weights, end, generator)
+            room = [int(free.count_nonzero()) for free in weights.inactive()]
+            lost = self.drop(weights, keep, generator, room)
+        else:
+            lost = self.drop(weights, keep, generator)
         # Zero what was dropped before anything grows, so that a weight grown back at once starts from nothing as well.
         weights.apply()
         if grow:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -71,8 +72,17 @@ def _build(method: type[T]) -> Callable[..., T]:
         if lacking := sorted({"method", *_TAKEN_OVER} - run["trainer"].keys()):
             raise CheckpointError(f"{path}: the trainer's state lacks {lacking}; expected what save() wrote")
         known = {name: run["trainer"][name] for name in _TAKEN_OVER}
+        # A trainer zeroes weights as it is built; where the run does not fit, they have to be as they were.
+        before = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
         trainer = method(module, optimizer, **{**known, **options})
-        load_run(run, trainer, trainer.module, trainer.optimizer, others or {})
+        try:
+            load_run(run, trainer, trainer.module, trainer.optimizer, others or {})
+        except CheckpointError:
+            trainer.release()
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            raise
         return trainer
 
     return restore

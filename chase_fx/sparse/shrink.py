@@ -22,6 +22,7 @@ from chase_fx.errors import RewriteError
 from chase_fx.sparse.alive import Alive
 from chase_fx.sparse.channels import ChannelState
 from chase_fx.sparse.masks import SparseWeights
+from chase_fx.sparse.optim import dense, sliceable
 from chase_fx.sparse.structure import Shrinker
 
 __all__ = ["CutGroup", "CutMember", "cut_parameter", "shrink_in_place"]
@@ -85,10 +86,10 @@ def cut_parameter(parameter: nn.Parameter, keep: Sequence[Tensor | None], optimi
     state = (optimizer.state.get(parameter) if optimizer is not None else None) or {}
     shape = parameter.shape
     for key, slot in state.items():
-        # Factored slots (Adafactor) have the parameter's dims, some of them shrunk to 1: those dims need no cut.
-        if isinstance(slot, Tensor) and slot.dim() == len(shape) and _broadcasts(slot.shape, shape):
+        # Dims that a factored slot has shrunk to 1 need no cut.
+        if isinstance(slot, Tensor) and slot.dim() == len(shape) > 0 and sliceable(slot, shape):
             state[key] = _cut(slot, [k if n == m else None for k, n, m in zip(keep, slot.shape, shape, strict=True)])
-    gradient = None if parameter.grad is None else _cut(parameter.grad, keep)
+    gradient = None if parameter.grad is None else _cut(dense(parameter.grad), keep)
     parameter.grad = None
     data = _cut(parameter.data, keep)
     # A graph that is still alive (the caller's `loss`) keeps the parameter's gradient accumulator with the old shape,
@@ -99,10 +100,6 @@ def cut_parameter(parameter: nn.Parameter, keep: Sequence[Tensor | None], optimi
     )
     parameter.data = data
     parameter.grad = gradient
-
-
-def _broadcasts(slot: Sequence[int], shape: Sequence[int]) -> bool:
-    return len(shape) > 0 and all(n in (1, m) for n, m in zip(slot, shape, strict=True))
 
 
 def _cut(tensor: Tensor, keep: Sequence[Tensor | None]) -> Tensor:

@@ -62,37 +62,53 @@ class RunState:
         Raises:
             CheckpointError: the state is incomplete or belongs to another run.
         """
-        self._check(state)
+        self.check(state)
         weights, channels = self.weights, self.channels
         kept: Mapping[str, Tensor] = {name: mask.cpu() for name, mask in state["kept"].items()}
         if self.cut is None:
             weights.forget_removed()
             for mask in channels.kept.values():
                 mask.fill_(True)
-        elif any(bool((kept[name] & ~now).any()) for name, now in channels.kept.items()):
-            msg = "the state has channels that live shrink has already cut off; load it into a newly built trainer"
-            raise CheckpointError(msg)
         gone = {name: (now & ~kept[name]).nonzero().squeeze(1) for name, now in channels.kept.items()}
         if any(len(indices) for indices in gone.values()):
             channels.remove(gone, weights)
             if self.cut is not None:
                 self.cut()
         for i, name in enumerate(weights.names):
-            mask = state["masks"][name]
-            if mask.shape != weights.masks[i].shape:
-                msg = (
-                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(weights.masks[i].shape)}: "
-                    f"the state belongs to another module"
-                )
-                raise CheckpointError(msg)
-            weights.masks[i].copy_(mask)
+            weights.masks[i].copy_(state["masks"][name])
             if weights.explored is not None and name in state["explored"]:
                 weights.explored[i].copy_(state["explored"][name])
         self.generator.set_state(state["generator"].cpu().to(torch.uint8))
         self.step, self.budget, channels.shortfall = int(state["step"]), int(state["budget"]), int(state["shortfall"])
         channels.history[:] = deepcopy(state["history"])
 
-    def _check(self, state: Mapping[str, Any]) -> None:
+    def check(self, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes that parameters have once ``state`` is loaded, by name: of all that channels are removed from.
+
+        Raises:
+            CheckpointError: the state is incomplete or belongs to another run; nothing has been changed.
+        """
+        self._check_identity(state)
+        kept: Mapping[str, Tensor] = {name: mask.cpu() for name, mask in state["kept"].items()}
+        for name, now in self.channels.kept.items():
+            if kept[name].shape != now.shape:
+                msg = f"the trainer state has {len(kept[name])} units in group {name!r}, this module {len(now)}"
+                raise CheckpointError(msg)
+            if self.cut is not None and bool((kept[name] & ~now).any()):
+                msg = "the state has channels that live shrink has already cut off; load it into a newly built trainer"
+                raise CheckpointError(msg)
+        shapes = self.channels.shapes_keeping(kept) if self.cut is not None else {}
+        for name, weight in zip(self.weights.names, self.weights.parameters, strict=True):
+            expected, found = shapes.get(name, tuple(weight.shape)), tuple(state["masks"][name].shape)
+            if expected != found:
+                msg = (
+                    f"the mask of {name!r} has shape {found}, the weight will have {expected}: the state belongs to "
+                    f"another module"
+                )
+                raise CheckpointError(msg)
+        return shapes
+
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
         if lacking := sorted((_KEYS | self.identity.keys()) - state.keys()):
             msg = f"the trainer state lacks {lacking}; expected what trainer.state_dict() returns"
             raise CheckpointError(msg)

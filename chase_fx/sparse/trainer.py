@@ -23,7 +23,7 @@ from chase_fx.sparse.channels import ChannelRule, ChannelState
 from chase_fx.sparse.check import check_choice, check_count, check_share
 from chase_fx.sparse.checkpoint import Stateful, save_run
 from chase_fx.sparse.masks import Choice, SparseWeights, maskable
-from chase_fx.sparse.optim import require_held
+from chase_fx.sparse.optim import require_held, require_sliceable
 from chase_fx.sparse.ranking import RANKINGS, Ranking
 from chase_fx.sparse.recipe import Counts, Recipe
 from chase_fx.sparse.restore import Restore
@@ -141,10 +141,10 @@ class SparseTrainer:
             ranking=channel_ranking,
         )
         self._channels = ChannelState(self._groups(), module, rule)
-        touched = {
+        self._touched = {
             p.name: p.parameter for units in self._channels.units for p in units.slices if p.parameter.requires_grad
         }
-        require_held(optimizer, touched.items())
+        require_held(optimizer, self._touched.items())
         if channel_sparsity and not self._channels.channels:
             msg = (
                 f"channel_sparsity={channel_sparsity}, but {type(module).__name__} has no channel that could go: found "
@@ -220,6 +220,8 @@ class SparseTrainer:
         """Do what is due after one optimizer step: mask, and on update steps remove channels, drop and grow."""
         self._run.step += 1
         step, weights = self._run.step, self._weights
+        if self._live_shrink and step == 1:  # the optimizer has its state from now on
+            require_sliceable(self.optimizer, self._touched.items())
         weights.apply()
         targets, share = self._schedule.at(step), self._channels.rule.at(step)
         if targets is None and share is None:
@@ -282,14 +284,7 @@ class SparseTrainer:
 
     def _update(self, targets: Targets) -> None:
         weights = self._weights
-        capacity = weights.capacity()
-        wanted = max(1, round(targets.grow * weights.size))
-        end = min(wanted, capacity)
-        # Where the channels left hold fewer weights than wanted, the share dropped refers to what they hold.
-        drop = round(targets.drop * weights.size * end / wanted)
-        end += round(targets.fill * (capacity - end))
-        prune = weights.size if targets.prune is None else round(targets.prune * weights.size)
-        counts = Counts(prune, drop, end)
+        counts = Counts.of(targets, weights.size, weights.capacity())
         self._run.budget = self.recipe.update(weights, counts, targets.fill > 0, self._run.generator)
         weights.note_coverage()
 
@@ -301,8 +296,7 @@ class SparseTrainer:
             copy. The module itself where nothing can cut it, or where live shrink has cut it already.
         """
         self._weights.apply()
-        if self._watch is not None:
-            self._watch.remove()
+        self.release()
         if self._rewrite is None or self._live_shrink:
             return self.module
         channels = self.channels
@@ -311,6 +305,11 @@ class SparseTrainer:
         if channels is None:
             return self.module
         return self._rewrite(self.module, channels.plan_keeping(dict(self._channels.kept)))
+
+    def release(self) -> None:
+        """Take the trainer's hooks off the module."""
+        if self._watch is not None:
+            self._watch.remove()
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -359,6 +358,14 @@ class SparseTrainer:
         optimizer's, in this order.
         """
         return self._run.pack()
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Whether :meth:`load_state_dict` would take ``state``; the shapes of the parameters that it would cut.
+
+        Raises:
+            CheckpointError: the state belongs to another method, module or budget.
+        """
+        return self._run.check(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from chase_fx.errors import ArgumentError
 from chase_fx.sparse.alive import Alive
+from chase_fx.sparse.optim import dense
 from chase_fx.sparse.structure import GroupLike
 from chase_fx.sparse.watch import Watch
 
@@ -104,7 +105,7 @@ def taylor(units: Units, alive: Alive) -> Tensor:
     total = torch.zeros(units.group.size, dtype=torch.float64)
     for part in units.producers:
         if part.parameter.grad is not None:
-            total += part.per_unit(_finite(part.parameter.detach() * part.parameter.grad))
+            total += part.per_unit(_finite(part.parameter.detach() * dense(part.parameter.grad)))
     return total.abs()
 
 
@@ -128,7 +129,7 @@ def gradient_flow(units: Units, alive: Alive) -> Tensor:
     for part in units.producers:
         entries += part.entries(alive)
         if part.parameter.grad is not None:
-            total += part.per_unit(_finite(part.parameter.grad.square()))
+            total += part.per_unit(_finite(dense(part.parameter.grad).square()))
     return (total / entries.clamp(min=1)).sqrt()
 
 

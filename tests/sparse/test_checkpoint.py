@@ -231,6 +231,50 @@ def test_the_checkpoint_of_another_run_is_refused_before_anything_changes(run, t
     assert all(torch.equal(value, before[name]) for name, value in other.net.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("net", "options", "optimizer", "words"),
+    [
+        (ResidualNet().double(), {}, torch.optim.SGD, "schedule"),  # built with other intervals
+        (ResidualNet().double(), {"update_interval": 3, "channel_interval": 4}, torch.optim.Adam, "SGD"),
+        (ResidualNet(), {"update_interval": 3, "channel_interval": 4}, torch.optim.SGD, "float32"),
+    ],
+)
+def test_the_class_leaves_the_module_alone_where_the_run_does_not_fit(two_saves, net, options, optimizer, words):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=words):
+        Chase.restore(two_saves, net, optimizer(net.parameters()), channels=channels_of(net), rewrite=rewrite,
+                      channel_score="activation" if words == "schedule" else "umm", **options)  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_other_shapes_of_the_same_size_are_refused_before_anything_changes(tmp_path) -> None:
+    def build(*widths: int) -> Chase:
+        net = nn.Sequential(nn.Linear(widths[0], widths[1]), nn.Linear(widths[1], widths[0]))
+        return Chase(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=9, channel_sparsity=0.0)
+
+    build(4, 6).save(tmp_path / "run.ckpt")
+    other = build(6, 4)
+    before = {name: value.clone() for name, value in other.module.state_dict().items()}
+    masks = {name: mask.clone() for name, mask in other.masks.items()}
+    with pytest.raises(CheckpointError, match=r"mask of '0.weight' has shape \(6, 4\)"):
+        other.restore(tmp_path / "run.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in other.module.state_dict().items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in other.masks.items())
+
+
+def test_units_of_another_module_are_refused_before_anything_changes(run) -> None:
+    state = run(Chase, **OPTIONS, live_shrink=True).step(20).trainer.state_dict()
+    name, kept = next(iter(state["kept"].items()))
+    for wrong, words in ((torch.cat([kept, kept]), "units in group"), (~kept, "mask of")):
+        other = run(Chase, **OPTIONS, live_shrink=True)
+        shapes = [p.shape for p in other.net.parameters()]
+        with pytest.raises(CheckpointError, match=words):
+            other.trainer.load_state_dict({**state, "kept": {**state["kept"], name: wrong}})
+        assert [p.shape for p in other.net.parameters()] == shapes
+        assert all(bool(mask.all()) for mask in other.trainer.kept.values())
+
+
 def test_named_parts_must_be_the_same(run, tmp_path) -> None:
     done = run(Chase).step(2)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(done.optimizer, [3, 5])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
+import chase_fx
+from chase_fx.errors import OptimizerMismatchError
 from chase_fx.sparse import Chase
 from tests.sparse.hand_net import ResidualNet, Shrinker, channels_of, rewrite
 
@@ -85,6 +87,78 @@ def test_two_hundred_steps_equal_masking(optimizer) -> None:
             losses.append(loss.detach())
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=1e-10, msg=lambda t, step=step: f"{step}: {t}")
     same_end(*loops)
+
+
+class Embedded(nn.Module):
+    """A table whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(12, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(self.table(x)).relu().mean(1))
+
+
+@pytest.mark.parametrize("channel_score", ["umm", "taylor", "gradient_flow"])
+def test_sparse_gradients_rank_as_dense_ones(channel_score) -> None:
+    ends = []
+    for sparse, live in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        traced = chase_fx.trace(Embedded().double(), torch.randint(12, (3, 4)))
+        traced.get_submodule("table").sparse = sparse
+        optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+        trainer = Chase(
+            traced, optimizer, total_steps=20, sparsity=0.5, channel_sparsity=0.5, channel_score=channel_score,
+            live_shrink=live,
+        )  # fmt: skip
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            x, y = (torch.randint(12, (3, 4), generator=generator), torch.randint(5, (3,), generator=generator))
+            nn.functional.cross_entropy(traced(x), y).backward()
+            assert traced.get_parameter("table.weight").grad.is_sparse == sparse
+            optimizer.step()
+            trainer.step()
+            optimizer.zero_grad()
+        ends.append({name: p.detach() for name, p in trainer.finalize().named_parameters()})
+    for end in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(end[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Preconditioned(torch.optim.SGD):
+    """Keeps a square matrix per weight, which no channel can be cut from by shape."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["statistics"] = torch.eye(len(p))
+
+
+@pytest.mark.parametrize("build", [torch.optim.LBFGS, Preconditioned])
+def test_state_that_cannot_be_cut_is_refused_in_the_first_step(build) -> None:
+    for live in (False, True):
+        net = ResidualNet()
+        optimizer = build(net.parameters(), lr=0.01)
+        trainer = Chase(
+            net, optimizer, total_steps=20, channels=channels_of(net), rewrite=rewrite, live_shrink=live,
+            shrink=Shrinker() if live else None,
+        )  # fmt: skip
+
+        def closure(net=net, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(torch.randn(6, 3, 5, 5)), torch.randint(10, (6,)))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if live:
+            with pytest.raises(OptimizerMismatchError, match=f"live_shrink.*{build.__name__}"):
+                trainer.step()
+        else:
+            trainer.step()
+            assert trainer.nnz == trainer.budget
 
 
 def each(build: Callable[[Loop], Callable[[int], None]], optimizer: str = "momentum", **options: Any) -> list[Loop]:

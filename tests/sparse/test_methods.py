@@ -165,6 +165,30 @@ def test_granet_prunes_to_the_cubic_and_replaces_a_share_per_layer(run) -> None:
         assert budgets[t - 1] == round(DENSE * (0.5 - 0.4 * cubic(t, 0, 30)))
 
 
+@pytest.mark.parametrize("method", [SET, RigL, RigLITOP, GraNet, MEST, Chase])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_a_layer_without_empty_places_keeps_its_weights(method, sparsity) -> None:
+    """ERK makes small layers dense: what they dropped would grow again at once, with its value lost."""
+    net = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 2, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    scope = {"channel_sparsity": 0.0, "explore_until": 0.1} if method is Chase else {}
+    extra = {"initial_density": 0.1} if method is GraNet else {}
+    trainer = method(net, optimizer, total_steps=60, sparsity=sparsity, update_interval=1, **scope, **extra)
+    assert trainer.masks["1.weight"].all()
+    before = {name: net.get_parameter(name).detach().clone() for name in trainer.masks}
+    for _ in range(20):
+        for p in net.parameters():
+            p.grad = torch.rand_like(p) + (p.numel() == 40)  # what the small layer lost would come back
+        trainer.step()
+        assert trainer.nnz == trainer.budget
+    if method is not Chase or not sparsity:  # Chase drops and grows anywhere
+        assert torch.equal(net[1].weight, before["1.weight"])
+    if sparsity:
+        assert not torch.equal(net[0].weight != 0, before["0.weight"] != 0)
+    else:
+        assert torch.equal(net[0].weight, before["0.weight"])
+
+
 def test_mest_soft_exceeds_the_budget_until_the_bound_is_gone(run) -> None:
     budgets = []
     run(MEST, soft=True, channel_sparsity=0.0, sparsity=0.8, update_interval=4, total_steps=40).step(
