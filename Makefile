@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help install demo test check lint format matrix bench dist clean
+.PHONY: help install demo test check lint format matrix bench bench-accuracy dist clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv and install the package in it, editable, with everything for development
 
@@ -49,6 +49,9 @@ bench: $(STAMP) ## run every benchmark under benchmarks/ (long)
 	@for script in benchmarks/*.py; do \
 	  [ -e "$$script" ] || { echo "no benchmarks yet"; exit 0; }; \
 	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+bench-accuracy: $(STAMP) ## compare accuracies at equal cost on Fashion-MNIST (long, resumable)
+	$(BIN)/python -m benchmarks.accuracy --workers $(WORKERS)
 
 dist: $(STAMP) ## build the sdist and the wheel
 	$(BIN)/python -m build

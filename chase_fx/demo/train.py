@@ -33,11 +33,13 @@ class Recipe:
         steps: optimizer steps.
         seed: of the order of the images.
         max_lr: the learning rate at its highest.
+        memory_format: of the batches.
     """
 
     steps: int
     seed: int = 0
     max_lr: float = 0.2
+    memory_format: torch.memory_format = torch.channels_last
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.SGD:
@@ -157,4 +159,4 @@ def _batches(data: Split, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(data), generator=generator)
         for rows in order[: len(data) // size * size].split(size)[:left]:
             left -= 1
-            yield data.images[rows].contiguous(memory_format=torch.channels_last), data.labels[rows]
+            yield data.images[rows].contiguous(memory_format=recipe.memory_format), data.labels[rows]

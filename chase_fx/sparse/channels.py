@@ -36,6 +36,7 @@ class ChannelRule:
     """Remove the share ``S_c`` of all prunable channels along a cubic, an event every ``interval`` steps up to ``end``.
 
     Attributes:
+        start: the step after which the first channels go.
         sparsity: S_c, the share of prunable channels removed in the end.
         beta: how much of its uniform share each group must keep.
         score: the unit score.
@@ -52,14 +53,15 @@ class ChannelRule:
     round_to: int = 1
     cost: UnitCost | None = None
     ranking: Ranking = "global"
+    start: int = 0
 
     def __str__(self) -> str:
         """What tells one rule from another, the same in every process."""
         names = [getattr(part, "__name__", None) or type(part).__name__ for part in (self.score, self.cost)]
         seed = getattr(self.score, "seed", None)
         return (
-            f"{self.sparsity} every {self.interval} to {self.end}, beta {self.beta}, round_to {self.round_to}, by "
-            f"{names[0]}{'' if seed is None else f'({seed})'} / {names[1]}, {self.ranking}"
+            f"{self.sparsity} every {self.interval} from {self.start} to {self.end}, beta {self.beta}, "
+            f"round_to {self.round_to}, by {names[0]}{'' if seed is None else f'({seed})'} / {names[1]}, {self.ranking}"
         )
 
     def at(self, step: int) -> float | None:
@@ -69,9 +71,11 @@ class ChannelRule:
         >>> rule.at(5), rule.at(10), rule.at(20), rule.at(30)
         (None, 0.4375, 0.5, None)
         """
-        if not self.sparsity or step > self.end or (step % self.interval and step != self.end):
+        if not self.sparsity or not self.start < step <= self.end:
             return None
-        return self.sparsity * cubic(step, 0, self.end)
+        if (step - self.start) % self.interval and step != self.end:
+            return None
+        return self.sparsity * cubic(step, self.start, self.end)
 
 
 class ChannelState:

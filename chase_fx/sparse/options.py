@@ -17,6 +17,7 @@ class Options(TypedDict, total=False):
     """Options that every method takes; :class:`SparseTrainer` says what they mean."""
 
     channel_interval: int | None
+    channels_from: float
     channels_until: float | None
     channel_score: str | UnitScore
     channel_cost: str | UnitCost | None

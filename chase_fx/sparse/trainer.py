@@ -20,7 +20,7 @@ from chase_fx.errors import ArgumentError, NothingToPruneError
 from chase_fx.sparse import distributed
 from chase_fx.sparse import distribution as distributions
 from chase_fx.sparse.channels import ChannelRule, ChannelState
-from chase_fx.sparse.check import check_choice, check_count, check_share
+from chase_fx.sparse.check import check_choice, check_count, check_order, check_share
 from chase_fx.sparse.checkpoint import Stateful, save_run
 from chase_fx.sparse.masks import Choice, SparseWeights, maskable
 from chase_fx.sparse.optim import require_held, require_sliceable
@@ -61,6 +61,8 @@ class SparseTrainer:
         channel_sparsity: share of the prunable channels removed at the end, in [0, 1).
         beta: every group keeps ``floor(size * (1 - channel_sparsity) * beta)`` units, at least one.
         channel_interval: steps between channel events; ``None``: 1000, or total_steps / 25 in a shorter run.
+        channels_from: share of the run before the first channel goes: scores mean little in a network that has hardly
+            been trained, and the cubic takes most channels early.
         channels_until: share of the run after which the channel set is final; ``None``: 0.8, or 0.5 with ``refill``.
         channel_score: name or function, see :mod:`chase_fx.sparse.unit_score`.
         channel_cost: "parameters" or "flops" ranks by score per parameter or multiplication saved; or a function, see
@@ -97,6 +99,7 @@ class SparseTrainer:
         channel_sparsity: float = 0.0,
         beta: float = 0.2,
         channel_interval: int | None = None,
+        channels_from: float = 0.0,
         channels_until: float | None = None,
         channel_score: str | UnitScore = "umm",
         channel_cost: str | UnitCost | None = None,
@@ -120,7 +123,7 @@ class SparseTrainer:
         check_count("channel_interval", channel_interval)
         check_choice("channel_ranking", channel_ranking, RANKINGS)
         until = channels_until if channels_until is not None else (0.5 if refill else 0.8)
-        check_share("channels_until", until, closed=True)
+        check_order("channels_from", channels_from, "channels_until", until)
         module, ddp = distributed.unwrap(module)
         distributed.refuse_sharded(module)
         self._wrappers = [ddp] if ddp is not None else []
@@ -133,6 +136,7 @@ class SparseTrainer:
         rule = ChannelRule(
             channel_sparsity,
             interval=channel_interval or interval_for(total_steps, 1000, 25),
+            start=min(round(channels_from * total_steps), max(1, round(until * total_steps)) - 1),
             end=max(1, round(until * total_steps)),
             beta=beta,
             score=resolve_score(channel_score, seed),

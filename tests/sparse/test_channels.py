@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from chase_fx.errors import ArgumentError
+from chase_fx.sparse import Chase
 from chase_fx.sparse.channels import ChannelRule, ChannelState, floor_of
 from chase_fx.sparse.masks import SparseWeights, maskable
 from chase_fx.sparse.ranking import ChannelCount, choose
@@ -123,6 +124,19 @@ def test_events_are_due_at_intervals_and_at_the_end() -> None:
     shares = {t: rule.at(t) for t in range(1, 14) if rule.at(t) is not None}
     assert shares == pytest.approx({4: 0.5 * (1 - 0.6**3), 8: 0.5 * (1 - 0.2**3), 10: 0.5})
     assert ChannelRule(0.0, interval=1, end=10).at(5) is None
+
+
+def test_no_channel_goes_before_the_start_of_the_rule() -> None:
+    rule = ChannelRule(0.5, interval=4, start=6, end=16)
+    shares = {t: rule.at(t) for t in range(1, 20) if rule.at(t) is not None}
+    assert shares == pytest.approx({10: 0.5 * (1 - 0.6**3), 14: 0.5 * (1 - 0.2**3), 16: 0.5})
+
+
+def test_channels_from_is_a_share_of_the_run(run) -> None:
+    options = {"channel_sparsity": 0.5, "channel_interval": 1, "channels_from": 0.3, "channels_until": 0.6}
+    events = run(Chase, **options).step(40).trainer.channel_history
+    assert 12 < events[0]["step"] <= 14
+    assert events[-1]["step"] <= 24
 
 
 def state_of(net, channels, score="umm", **options):

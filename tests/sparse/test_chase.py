@@ -234,6 +234,7 @@ def test_an_optimizer_on_other_parameters_is_refused(residual) -> None:
         {"channel_score": "nonsense"}, {"distribution": "nonsense"}, {"update_interval": 0},
         {"parameters": ["fc.bias"]}, {"parameters": ["missing"]}, {"sparsity": float("nan")},
         {"stop": 0.5}, {"channels_until": 1.5},
+        {"channels_from": -0.1}, {"channels_from": 0.9},
     ],
 )  # fmt: skip
 def test_impossible_arguments_are_refused(run, options) -> None:
