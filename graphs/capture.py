@@ -30,13 +30,14 @@ from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, fa
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
-from chase_fx.graphs.merge import FLAG, merge, share_constants
+from chase_fx.graphs.merge import merge, share_constants
+from chase_fx.graphs.modes import FLAG, TrainingFlag, enter_mode, has_own_train, modes_by_train
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Tape
-from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo, TrainingFlag
+from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo
 from chase_fx.graphs.trees import tensors_in
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function
@@ -114,8 +115,10 @@ def trace(
         train_graph, train_capture, train_recorder = train
         captures.append(train_capture)
         share_constants(train_graph, train_recorder.tape, train_recorder.arguments.constants, constants)
+        readers = sorted(recorder.mode_readers | train_recorder.mode_readers)
+        modes = {name: (recorder.modes[name], train_recorder.modes[name]) for name in readers}
+        root.add_module(FLAG, TrainingFlag(dict(modules_of(root)), modes))
         if merge(graph, train_graph):
-            root.add_module(FLAG, TrainingFlag())
             train_graph = None
     if precision is not None:
         apply_changes(graph, follow, root, precision[0])
@@ -123,7 +126,6 @@ def trace(
             again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
-    _warn_of_modes(model, recorder)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     if specialised:
         warnings.warn(
@@ -146,6 +148,7 @@ def trace(
         leaves=inputs.leaves,
         deciders=recorder.deciders,
         reads=recorder.reads,
+        modes=modes_by_train(_copy(model)) if has_own_train(model) else {},
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
 
@@ -163,18 +166,6 @@ def _complete(
             root.add_module(name, rebuild)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor, persistent=False)
-
-
-def _warn_of_modes(model: nn.Module, recorder: Recorder) -> None:
-    """Modules that are taken apart have no mode of their own in the graph: theirs is that of the whole."""
-    other = [n for n in sorted(recorder.mode_readers) if n and model.get_submodule(n).training != model.training]
-    if other:
-        warnings.warn(
-            f"in another mode than the model, and deciding by it in Python: {', '.join(map(repr, other[:3]))}"
-            f"{' and others' if len(other) > 3 else ''}; in the graph the mode of the whole module decides there",
-            SpecializationWarning,
-            stacklevel=4,  # past trace and its decorator
-        )
 
 
 def _followers(
@@ -321,7 +312,7 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake else None
     device = inputs.device if fake is None else torch.device("cpu")
     root = _copy(model, fake)
-    root.train(way.training)
+    enter_mode(root, training=way.training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)

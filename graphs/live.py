@@ -13,13 +13,26 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, Self
 
 from torch.fx import Node
 
-__all__ = ["HashedError", "LiveFloat", "LiveInt", "NumberRecorder", "Watchful", "derive", "fix", "is_live", "plain"]
+__all__ = [
+    "HashedError",
+    "LiveFloat",
+    "LiveInt",
+    "NumberRecorder",
+    "Watchful",
+    "derive",
+    "fix",
+    "forget_texts",
+    "is_live",
+    "plain",
+    "read_text",
+]
 
 
 class HashedError(BaseException):
@@ -64,6 +77,25 @@ class _Live:
             raise HashedError
         return hash(plain(self))
 
+    def __format__(self, specification: str) -> str:
+        text = format(plain(self), specification)
+        _written.append((text, self))
+        return text
+
+    def __str__(self) -> str:
+        return self.__format__("")
+
+    __repr__ = __str__
+
+    @property
+    def real(self) -> Any:
+        """The number itself."""
+        return self
+
+    def conjugate(self) -> Any:
+        """The number itself."""
+        return self
+
     def __reduce__(self) -> Any:
         value = plain(self)
         return type(value), (value,)
@@ -92,10 +124,27 @@ class LiveInt(_Live, int):
         self._recorder, self._build, self._node = recorder, build, None
         return self
 
+    @property
+    def numerator(self) -> Any:
+        """The number itself."""
+        return self
+
     def bit_length(self) -> int:
         """As of an int."""
         found: int = derive(bit_length, (self,))
         return found
+
+    def as_integer_ratio(self) -> Any:
+        """As of an int."""
+        return int.as_integer_ratio(fix(self))
+
+    def bit_count(self) -> int:
+        """As of an int."""
+        return int.bit_count(fix(self))
+
+    def to_bytes(self, *args: Any, **kwargs: Any) -> bytes:
+        """As of an int."""
+        return int.to_bytes(fix(self), *args, **kwargs)
 
 
 class LiveFloat(_Live, float):
@@ -106,6 +155,10 @@ class LiveFloat(_Live, float):
         self = float.__new__(cls, value)
         self._recorder, self._build, self._node = recorder, build, None
         return self
+
+    def as_integer_ratio(self) -> tuple[int, int]:
+        """As of a float."""
+        return float.as_integer_ratio(fix(self))
 
     def is_integer(self) -> bool:
         """As of a float."""
@@ -141,6 +194,22 @@ def fix(value: Any) -> Any:
     if is_live(value) and value._recorder.recording():
         value._recorder.guard(value, "==", number, True)
     return number
+
+
+# Texts that live numbers were written to. Most are messages, so a text is a decision only where it is a key.
+_written: list[tuple[str, Any]] = []
+
+
+def forget_texts() -> None:
+    """A recording begins."""
+    _written.clear()
+
+
+def read_text(text: str) -> None:
+    """The forward goes on with what ``text`` means, so the live numbers that are written in it are fixed."""
+    for part, number in _written:
+        if re.search(rf"(?<!\d){re.escape(part)}(?!\d)", text):
+            fix(number)
 
 
 def derive(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Any:

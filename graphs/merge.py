@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.modes import FLAG
 from chase_fx.graphs.tape import Tape
 
-__all__ = ["FLAG", "by_mode", "merge", "share_constants"]
-
-FLAG = "_chase_training"  # the module that gives the mode
+__all__ = ["by_mode", "merge", "share_constants"]
 
 
 def by_mode(training: bool, in_train: Any, in_eval: Any) -> Any:

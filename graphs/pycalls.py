@@ -13,11 +13,14 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import itertools
 import math
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +28,8 @@ import numpy as np
 import torch
 
 from chase_fx.graphs.caches import Uncached
-from chase_fx.graphs.live import Watchful, derive, fix, is_live, plain
+from chase_fx.graphs.live import Watchful, derive, fix, forget_texts, is_live, plain, read_text
+from chase_fx.graphs.pyoperators import OPERATORS, fixing, import_hook, redirect_operators, write_text
 from chase_fx.graphs.reach import Code
 
 __all__ = ["live_calls"]
@@ -39,6 +43,9 @@ def _derived(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         args = tuple(map(_number, args))
+        for text in args:
+            if type(text) is str:
+                read_text(text)
         return derive(fn, args) if not kwargs and _live_numbers(args) else fn(*args, **kwargs)
 
     return call
@@ -84,6 +91,8 @@ def _product(items: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _len(value: Any, /) -> Any:
+    if type(value) is str:
+        read_text(value)
     return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else len(value)
 
 
@@ -111,6 +120,23 @@ def _type(*args: Any, **kwargs: Any) -> Any:
     return type(plain(args[0])) if len(args) == 1 else type(*args, **kwargs)
 
 
+def _str(value: Any = "", *args: Any, **kwargs: Any) -> str:
+    if isinstance(value, torch.Size):
+        write_text(value)
+    return str(value, *args, **kwargs)
+
+
+def _pow(base: Any, exponent: Any, *modulus: Any) -> Any:
+    if not modulus and _live_numbers((base, exponent)):
+        return derive(operator.pow, (base, exponent))
+    return pow(base, exponent, *modulus)
+
+
+def _getattr(owner: Any, name: str, *default: Any) -> Any:
+    read_text(name)
+    return getattr(owner, name, *default)
+
+
 def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]]) -> types.ModuleType:
     """A copy of a module's names, with other functions.
 
@@ -127,6 +153,15 @@ _MATH = {
     for name, fn in vars(math).items()
     if callable(fn) and not name.startswith("_") and name not in ("prod", "fsum", "dist", "sumprod")
 }
+_NUMPY: dict[str, Callable[..., Any]] = {
+    name: fixing(fn)
+    for name, fn in vars(np).items()
+    if callable(fn) and not isinstance(fn, (type, np.ufunc)) and not name.startswith("_")
+}
+_FIXED = (bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
+_ITERTOOLS: dict[str, Callable[..., Any]] = {
+    name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
+}
 # Every name that has a live meaning, by the identity of what it means: functions, and modules of functions.
 _LIVE: dict[int, Any] = {
     id(int): _derived(int),
@@ -140,7 +175,16 @@ _LIVE: dict[int, Any] = {
     id(type): _type,
     id(np.prod): _product,
     id(math): _with(math, _MATH),
-    id(np): _with(np, {"prod": _product}),
+    id(np): _with(np, {**_NUMPY, "prod": _product}),
+    id(pow): _pow,
+    id(str): _str,
+    id(getattr): _getattr,
+    id(itertools): _with(itertools, _ITERTOOLS),
+    id(operator): _with(operator, OPERATORS),
+    **{id(getattr(operator, name)): live for name, live in OPERATORS.items()},
+    **{id(fn): fixing(fn) for fn in _FIXED},
+    **{id(getattr(itertools, name)): live for name, live in _ITERTOOLS.items()},
+    **{id(getattr(np, name)): live for name, live in _NUMPY.items() if name != "prod"},
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
 }
 _PREFIX = "_chase_live_"
@@ -162,6 +206,7 @@ def live_calls(code: Code) -> Iterator[None]:
         setattr(owner, name, value)
 
     names: dict[str, Any] = {}
+    forget_texts()
     try:
         for cell in code.caches:
             change(cell, "cell_contents", Uncached(cell.cell_contents))
@@ -176,6 +221,7 @@ def live_calls(code: Code) -> Iterator[None]:
                 change(function, "__defaults__", tuple(_constant(value, {}) for value in function.__defaults__))
         names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
         vars(builtins).update(names)
+        change(builtins, "__import__", import_hook())
         yield
     finally:
         for owner, name, value in reversed(undo):
@@ -189,10 +235,8 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
     nested = tuple(_constant(c, scope) for c in code.co_consts)
     live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name))}
     same = all(a is b for a, b in zip(nested, code.co_consts, strict=True))
-    changes: dict[str, Any] = {} if same else {"co_consts": nested}
-    if not live:
-        return code.replace(**changes) if changes else code
     names, text = list(code.co_names), bytearray(code.co_code)
+    redirect_operators(names, text)
     extended = 0
     for at in range(0, len(text), 2):
         op, argument = text[at], text[at + 1] | extended
@@ -211,7 +255,9 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
         text[at + 1] = index << 1 & 255 | called
         if argument > 255:
             text[at - 1] = index >> 7
-    return code.replace(co_code=bytes(text), co_names=tuple(names), **changes)
+    if same and text == code.co_code:
+        return code
+    return code.replace(co_code=bytes(text), co_names=tuple(names), co_consts=nested)
 
 
 def _constant(value: Any, scope: Mapping[str, Any]) -> Any:

@@ -79,6 +79,7 @@ class Recorder(Reads):
         self._leaf_reads_training = False
         self._given = Given(self.modules)
         self.mode_readers: set[str] = set()
+        self.modes: dict[str, bool] = {}
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,7 @@ class Recorder(Reads):
     def running(self) -> Iterator[None]:
         """Record everything inside the block."""
         training = {id(m): m.training for _, m in self.modules}
+        self.modes = {name: m.training for name, m in self.modules}
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)

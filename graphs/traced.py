@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.leaves import Leaves
+from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
@@ -21,18 +22,10 @@ from chase_fx.graphs.tape import Slot, Tape
 if TYPE_CHECKING:
     from chase_fx.graphs.plan import PruningPlan
 
-__all__ = ["Capture", "TracedModule", "TrainingFlag", "capture_of"]
+__all__ = ["Capture", "TracedModule", "capture_of"]
 
 # What makes up the state of an nn.Module, apart from attributes that only the original forward reads.
 _MODULE_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
-
-
-class TrainingFlag(nn.Module):
-    """Gives ``self.training``, so that one graph can hold constants that differ between train and eval mode."""
-
-    def forward(self) -> bool:
-        """Whether the module is in training mode."""
-        return self.training
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,7 @@ class TraceInfo:
     # line that decides by a size -> the functions that it is in, innermost first, as (module, name)
     deciders: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     reads: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # the same for data read into Python
+    modes: dict[bool, Modes] = field(default_factory=dict)  # what the model's own train() and eval() do
     train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
 
@@ -111,11 +105,18 @@ class TracedModule(GraphModule):
         code = super().recompile()
         if self.info is not None and self.info.train_error is not None:
             cls = type(self)
-            cls.forward = _by_mode(cls.forward, _refuse)
+            cls.forward = _by_mode(cls.forward, _refuse, lambda module: module.training)
         elif self.train_graph is not None:
             cls = type(self)
-            cls.forward = _by_mode(cls.forward, _compile(self.train_graph))
+            cls.forward = _by_mode(cls.forward, _compile(self.train_graph), lambda module: getattr(module, FLAG)())
         return code
+
+    def train(self, mode: bool = True) -> Self:
+        """As of the model, which may have a ``train`` or ``eval`` of its own that keeps some layers in eval mode."""
+        super().train(mode)
+        if self.info is not None and self.info.modes:
+            set_modes(self, self.info.modes[mode])
+        return self
 
     def get_submodule(self, target: str) -> nn.Module:
         """The model's own submodule of that name."""
@@ -172,9 +173,11 @@ def _refuse(self: TracedModule, *_args: Any, **_kwargs: Any) -> Any:
     raise CaptureError(f"this graph has no train mode, for the model failed there: {self.info.train_error}")
 
 
-def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callable[..., Any]:
+def _by_mode(
+    evaluate: Callable[..., Any], train: Callable[..., Any], trains: Callable[[nn.Module], bool]
+) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+        return train(self, *args, **kwargs) if trains(self) else evaluate(self, *args, **kwargs)
 
     return forward
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import chase_fx
@@ -86,23 +85,6 @@ def test_inputs_that_hold_nothing_are_refused() -> None:
     """An empty batch shows nothing of what the model does."""
     with pytest.raises(CaptureError, match="no element"):
         chase_fx.trace(net(lambda m, x: m.c(m.b(m.a(x)))), X[:0])
-
-
-class _Backbone(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(6, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.a(x), 0.5, self.training)
-
-
-def test_a_module_in_another_mode_is_reported() -> None:
-    """The mode of a module that is taken apart is that of the whole; where it differs a warning names it."""
-    model = nn.Sequential(_Backbone(), nn.Linear(8, 3)).double().train()
-    model[0].eval()
-    with pytest.warns(chase_fx.graphs.capture.SpecializationWarning, match="'0'"):
-        chase_fx.trace(model, X)
 
 
 def test_norm_of_an_unbatched_image() -> None:
