@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chase_fx.graphs.axes import atoms_of
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.traced import TracedModule
 from chase_fx.passes.rewrite import rewrite
@@ -29,6 +30,10 @@ class GraphProvider:
         assert isinstance(module, TracedModule)
         return analyze(module)
 
+    def normalised(self, channels: Any) -> Mapping[str, str]:
+        """The groups over whose units a norm runs."""
+        return _normalised(channels) if isinstance(channels, ChannelGraph) else {}
+
     def rewrite(self, module: nn.Module, plan: Any) -> TracedModule:
         """A slim copy."""
         assert isinstance(module, TracedModule)
@@ -38,6 +43,22 @@ class GraphProvider:
         """What live shrink calls after it has cut the parameters."""
         assert isinstance(module, TracedModule)
         return GraphShrinker(module, channels)
+
+
+def _normalised(channels: ChannelGraph) -> dict[str, str]:
+    """Groups over whose units a mean, a variance or a norm runs, and where: what it counts changes with them."""
+    group_of = {group.atom: group.name for group in channels.groups}
+    labelling, found = channels.labelling, dict[str, str]()
+    for capture, labels, facts in zip(channels.info.captures, labelling.slots, labelling.facts, strict=True):
+        for position, fact in facts.items():
+            # Whole groups of a group norm go with their statistics; only what goes inside one changes them.
+            whole = atoms_of(fact.notes["groups"]) if "groups" in fact.notes else ()
+            for slot, dim in fact.reduced:
+                for atom in atoms_of(labels[slot.index][dim]):
+                    if atom in group_of and atom not in whole:
+                        op = capture.tape.ops[position]
+                        found.setdefault(group_of[atom], f"{op.node} ({op.op}, {op.source})")
+    return found
 
 
 class GraphShrinker:

@@ -16,8 +16,9 @@ from chase_fx.sparse.masks import SparseWeights
 from chase_fx.sparse.ranking import ChannelCount, Ranking, choose, comparable
 from chase_fx.sparse.schedule import cubic
 from chase_fx.sparse.structure import GroupLike, MemberLike
-from chase_fx.sparse.unit_cost import UnitCost
-from chase_fx.sparse.unit_score import Slices, Units, UnitScore, umm
+from chase_fx.sparse.unit_cost import Flops, UnitCost
+from chase_fx.sparse.unit_score import Activation, Slices, Units, UnitScore, umm
+from chase_fx.sparse.watch import Watch
 
 __all__ = ["ChannelRule", "ChannelState", "floor_of"]
 
@@ -63,6 +64,16 @@ class ChannelRule:
             f"{self.sparsity} every {self.interval} from {self.start} to {self.end}, beta {self.beta}, "
             f"round_to {self.round_to}, by {names[0]}{'' if seed is None else f'({seed})'} / {names[1]}, {self.ranking}"
         )
+
+    def watch(self, module: nn.Module) -> Watch | None:
+        """What records the forward passes of ``module`` for the score and the cost, if they need any."""
+        watching = [part for part in (self.score, self.cost) if isinstance(part, (Activation, Flops))]
+        if not watching or not self.sparsity:
+            return None
+        watch = Watch(module)
+        for part in watching:
+            part.watch = watch
+        return watch
 
     def at(self, step: int) -> float | None:
         """The share removed after the event at ``step``, or ``None`` when there is no event.

@@ -69,7 +69,7 @@ def _by_default(module: nn.Module, name: str, parameter: nn.Parameter, embedding
     if parameter.dim() < 2 or not parameter.requires_grad or not parameter.is_floating_point() or not parameter.numel():
         return False
     owner = module.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, _CONTRACTIONS):
+    if isinstance(owner, _CONTRACTIONS) and name.rpartition(".")[2] == "weight":
         return True
     is_vector = max(parameter.shape) == parameter.numel()
     is_table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))

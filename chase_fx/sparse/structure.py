@@ -71,6 +71,9 @@ class Provider(Protocol):
     def analyze(self, module: nn.Module) -> ChannelsLike:
         """Its channel groups."""
 
+    def normalised(self, channels: ChannelsLike) -> Mapping[str, str]:
+        """Group name -> place of a mean, a variance or a norm over its units, which zeros would change."""
+
     def rewrite(self, module: nn.Module, plan: Any) -> nn.Module:
         """A slim copy of ``module`` without the channels that ``plan`` removes."""
 

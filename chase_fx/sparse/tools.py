@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from chase_fx.errors import ArgumentError
+from chase_fx.sparse.distributed import rank
 from chase_fx.sparse.structure import ChannelsLike, Rewrite, Shrinker, provided
 
 __all__ = ["Tools"]
+
+# A log rather than a Python warning: the run goes on as asked, and programs that turn warnings into errors run too.
+_log = logging.getLogger("chase_fx")
 
 
 @dataclass(frozen=True)
@@ -64,4 +70,18 @@ class Tools:
                 f"chase_fx.trace(model, args), or give shrink="
             )
             raise ArgumentError(msg)
+        if provider is not None and channels is not None and removes and not live_shrink:
+            _warn_of_norms(provider.normalised(channels))
         return cls(channels, rewrite, shrink)
+
+
+def _warn_of_norms(normalised: Mapping[str, str]) -> None:
+    if normalised and rank() == 0:
+        name, place = next(iter(normalised.items()))
+        _log.warning(
+            "without live_shrink=True a removed channel stays in the module as a zero, which a mean, a variance or a "
+            "norm over channels still counts; the slim model of finalize() counts kept channels only, so it differs "
+            "from what was trained. That concerns %d groups, %r first, at %s. Train with live_shrink=True, or train "
+            "the slim model for a while",
+            len(normalised), name, place,
+        )  # fmt: skip

@@ -22,6 +22,7 @@ from chase_fx.sparse import distribution as distributions
 from chase_fx.sparse.channels import ChannelRule, ChannelState
 from chase_fx.sparse.check import check_choice, check_count, check_order, check_share
 from chase_fx.sparse.checkpoint import Stateful, save_run
+from chase_fx.sparse.empty_rows import require_empty_rows
 from chase_fx.sparse.masks import Choice, SparseWeights, maskable
 from chase_fx.sparse.optim import require_held, require_sliceable
 from chase_fx.sparse.ranking import RANKINGS, Ranking
@@ -32,11 +33,10 @@ from chase_fx.sparse.shrink import shrink_in_place
 from chase_fx.sparse.state import RunState
 from chase_fx.sparse.structure import ChannelsLike, Rewrite, Shrinker, provided
 from chase_fx.sparse.tools import Tools
-from chase_fx.sparse.unit_cost import Flops, UnitCost
+from chase_fx.sparse.unit_cost import UnitCost
 from chase_fx.sparse.unit_cost import resolve as resolve_cost
-from chase_fx.sparse.unit_score import Activation, UnitScore
+from chase_fx.sparse.unit_score import UnitScore
 from chase_fx.sparse.unit_score import resolve as resolve_score
-from chase_fx.sparse.watch import Watch
 
 __all__ = ["SparseTrainer"]
 
@@ -149,6 +149,7 @@ class SparseTrainer:
             p.name: p.parameter for units in self._channels.units for p in units.slices if p.parameter.requires_grad
         }
         require_held(optimizer, self._touched.items())
+        require_empty_rows(module, self._weights.names, () if live_shrink else self._touched)
         if channel_sparsity and not self._channels.channels:
             msg = (
                 f"channel_sparsity={channel_sparsity}, but {type(module).__name__} has no channel that could go: found "
@@ -157,7 +158,7 @@ class SparseTrainer:
             raise NothingToPruneError(msg)
         self._live_shrink = live_shrink and bool(channel_sparsity)
         self._followers: list[nn.Module] = []
-        self._watch = self._watch_for(rule)
+        self._watch = rule.watch(module)
         self._schedule = recipe.schedule
         if refill:
             start = rule.end if channel_sparsity else max(1, total_steps // 2)
@@ -182,15 +183,6 @@ class SparseTrainer:
             self._cut if self._live_shrink else None,
         )
         self._draw()
-
-    def _watch_for(self, rule: ChannelRule) -> Watch | None:
-        watching = [part for part in (rule.score, rule.cost) if isinstance(part, (Activation, Flops))]
-        if not watching or not self.channel_sparsity:
-            return None
-        watch = Watch(self.module)
-        for part in watching:
-            part.watch = watch
-        return watch
 
     def _groups(self) -> Any:
         return self.channels.groups if self.channels is not None and self.channel_sparsity else ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ class Run:
         rate = {"SGD": {"lr": 0.2, "momentum": 0.9}, "AdamW": {"lr": 0.01}}[optimizer]
         self.optimizer = getattr(torch.optim, optimizer)(self.net.parameters(), **rate)
         self.forward, self.wrap = self.net, wrap if world()[1] > 1 else "none"
+        arguments = options.pop("arguments", {})
+        self.micro = options.pop("micro", 1)
         if self.wrap in ("ddp", "follow"):
-            self.forward = DDP(self.net, gradient_as_bucket_view=self.wrap == "follow")
+            self.forward = DDP(self.net, **{"gradient_as_bucket_view": self.wrap == "follow", **arguments})
         self.steps = 0
         if method is SNIP:
             self.backward(average=False)
@@ -90,8 +93,10 @@ class Run:
 
     def step(self, count: int = STEPS) -> Run:
         for _ in range(count):
-            self.steps += 1
-            self.backward()
+            for left in reversed(range(self.micro)):
+                self.steps += 1
+                with self.forward.no_sync() if left and self.forward is not self.net else nullcontext():
+                    self.backward()
             self.optimizer.step()
             self.trainer.step()
             self.optimizer.zero_grad()
@@ -124,6 +129,10 @@ RUNS: dict[str, Callable[[], Run]] = {
     "Chase, DDP": lambda: Run(update_interval=3).step(),
     "Chase, DDP, live shrink": lambda: Run(update_interval=3, live_shrink=True, optimizer="AdamW").step(),
     "RigL, followed DDP, live shrink": lambda: Run(RigL, wrap="follow", update_interval=3, live_shrink=True).step(),
+    "Chase, static graph, live shrink": lambda: Run(live_shrink=True, arguments={"static_graph": True}).step(),
+    "Chase, accumulated without sync, live shrink": lambda: Run(
+        live_shrink=True, micro=3, arguments={"gradient_as_bucket_view": True}
+    ).step(),
     "Chase, averaged by hand": lambda: Run(wrap="by hand", update_interval=3, live_shrink=True).step(),
     "traced, DDP, live shrink": lambda: Run(traced=True, update_interval=3, live_shrink=True).step(),
     "SNIP, Taylor": lambda: Run(SNIP, channel_score="taylor").step(),

@@ -165,6 +165,94 @@ def test_without_channel_sparsity_finalize_keeps_every_channel() -> None:
     assert {n: p.shape for n, p in slim.named_parameters()} == {n: p.shape for n, p in traced.named_parameters()}
 
 
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 16, 3), norm, nn.Conv2d(16, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x))).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("norm", "counts"),
+    [(nn.BatchNorm2d(16), False), (nn.GroupNorm(16, 16), False), (nn.GroupNorm(4, 16), True), (nn.LayerNorm(6), False),
+     (nn.LayerNorm([16, 6, 6]), True)],
+)  # fmt: skip
+def test_norms_over_channels_that_will_be_zeros_are_told(norm, counts, caplog) -> None:
+    def build(**options):
+        traced = chase_fx.trace(Normed(copy.deepcopy(norm)), torch.zeros(2, 3, 8, 8))
+        RigL(traced, torch.optim.SGD(traced.parameters(), lr=0.1), total_steps=10, **options)
+
+    build(channel_sparsity=0.5, live_shrink=True)
+    build()
+    assert not caplog.records
+    build(channel_sparsity=0.5)
+    assert [("live_shrink=True" in r.message, "'first.weight:0" in r.message, r.name) for r in caplog.records] == [
+        (True, True, "chase_fx")
+    ] * counts
+
+
+def normed_weights(**options):
+    wrap = nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(wrap(nn.Linear(6, 16)), nn.ReLU(), wrap(nn.Linear(16, 10)))
+    traced = chase_fx.trace(net, torch.zeros(2, 6))
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+    return traced, Chase(traced, optimizer, total_steps=20, sparsity=0.9, **options)
+
+
+def test_weights_that_no_row_of_may_be_empty_are_refused() -> None:
+    """``weight_norm`` makes NaN of an empty row."""
+    with pytest.raises(
+        ArgumentError, match=r"0\.weight is computed from '0\.parametrizations.*remove_parametrizations"
+    ):
+        normed_weights()
+
+    def second(name, _):
+        return name == "2.parametrizations.weight.original1"
+
+    with pytest.raises(ArgumentError, match=r"2\.weight.*parameters="):
+        normed_weights(parameters=second, live_shrink=True)
+    spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 16)), nn.Linear(16, 10))
+    state = copy.deepcopy(spectral.state_dict())
+    trainer = RigL(spectral, torch.optim.SGD(spectral.parameters(), lr=0.1), total_steps=20, sparsity=0.0)
+    assert all(torch.equal(value, state[name]) for name, value in spectral.state_dict().items())
+    assert list(trainer.masks) == ["0.parametrizations.weight.original", "1.weight"]
+
+
+def test_live_shrink_cuts_what_no_row_of_may_be_empty() -> None:
+    def build(live):
+        wrap = nn.utils.parametrizations.weight_norm
+        net = nn.Sequential(wrap(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 10))
+        traced = chase_fx.trace(net, torch.zeros(2, 6))
+        options = {"parameters": ["2.weight"], "live_shrink": live, "channel_sparsity": 0.5}
+        optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+        return traced, optimizer, Chase(traced, optimizer, total_steps=20, sparsity=0.5, **options)
+
+    with pytest.raises(ArgumentError, match="live_shrink=True"):
+        build(live=False)
+    traced, optimizer, trainer = build(live=True)
+    for _ in range(20):
+        loss = traced(torch.randn(4, 6)).square().mean()
+        loss.backward()
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    assert loss.isfinite()
+    assert traced.get_submodule("2").weight.shape == (10, 8)
+
+
+def test_the_older_weight_and_spectral_norm_too() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 1, 1))
+    with pytest.raises(ArgumentError, match=r"0\.weight is computed from '0\.weight_v'.*remove_weight_norm"):
+        Static(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=2)
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 1, 1))
+    net[1].register_parameter("weight_g", nn.Parameter(torch.ones(8, 1, 1)))  # a factor per channel is no weight
+    trainer = Static(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=2)
+    assert list(trainer.masks) == ["0.weight_orig", "1.weight"]
+
+
 def test_an_optimizer_of_the_model_instead_of_the_traced_one_is_refused() -> None:
     model = Flattened()
     traced = chase_fx.trace(model, torch.zeros(2, 3, 8, 8))
