@@ -9,7 +9,8 @@ from torch import nn
 
 from chase_fx.errors import OtherPathError, VerificationError
 from chase_fx.graphs.capture import trace
-from chase_fx.graphs.channels import Outputs, analyze
+from chase_fx.graphs.channels import analyze
+from chase_fx.graphs.outputs import Outputs
 from chase_fx.graphs.select import Score
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.whole import Function, FunctionName, named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
 import tempfile
@@ -16,6 +18,7 @@ from torch import nn
 
 from chase_fx.errors import ArgumentError, CheckpointError
 from chase_fx.graphs.capture import trace
+from chase_fx.graphs.inputs import check_model
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.passes.rewrite import rewrite
@@ -36,7 +39,9 @@ def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
         ArgumentError: ``slim`` did not come from a rewrite, or its example inputs can't be stored (then pass them to
             :func:`load`).
     """
-    info = capture_of(slim)
+    info, target = capture_of(slim), _file(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save to", str(target.parent))
     if slim.plan is None:
         raise ArgumentError("only slim modules can be saved; make one with chase_fx.rewrite or chase_fx.prune")
     tensors: dict[str, torch.Tensor] = {}
@@ -58,7 +63,6 @@ def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
         "aliases": json.dumps(aliases),
         "model": info.model,
     }
-    target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     os.close(handle)
     try:
@@ -77,16 +81,23 @@ def load(
 
     Args:
         path: what :func:`save` wrote.
-        model: the dense model, with any weights: it gives the code and the structure.
-        args: example inputs; by default those that the slim module was captured with.
+        model: the dense model, with any weights in any precision: it gives the code and the structure. It is not
+            changed.
+        args: example inputs of the model; by default those that the slim module was captured with.
         kwargs: example keyword inputs, likewise.
 
+    Returns:
+        The slim module, in the precision that it was saved in, on the device of ``model``.
+
     Raises:
+        ArgumentError: ``model`` is no module, or on the meta device; ``path`` is a folder.
         CheckpointError: the file is truncated, tampered with or of another format.
         PlanMismatchError: ``model`` is not the architecture that was pruned.
     """
+    check_model(model)
+    file = _file(path)
     try:
-        with safe_open(str(path), framework="pt") as f:
+        with safe_open(str(file), framework="pt") as f:
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, ValueError) as e:
@@ -107,6 +118,7 @@ def load(
             args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise CheckpointError(f"{path}: the example inputs are damaged ({type(e).__name__}: {e})") from e
+        model = _in_precision_of(tensors, model)  # that of these inputs
     slim = rewrite(trace(model, () if args is None else args, kwargs), plan)
     state = {name: t for name, t in tensors.items() if not name.startswith(_INPUT)}
     state.update({alias: state[name] for alias, name in aliases.items() if name in state})
@@ -121,6 +133,29 @@ def load(
         slim = slim.to(dtypes.pop())
     slim.load_state_dict(state)
     return slim
+
+
+def _file(path: object) -> Path:
+    try:
+        found = Path(path)  # type: ignore[arg-type]  # that is the question
+    except TypeError as e:
+        raise ArgumentError(f"the path of a file must be a string or a Path, found {type(path).__name__}") from e
+    if found.is_dir():
+        raise ArgumentError(f"{found} is a folder; name a file in it")
+    return found
+
+
+def _in_precision_of(stored: Mapping[str, torch.Tensor], model: nn.Module) -> nn.Module:
+    """``model``, or a copy of it if one of its tensors has another precision than the stored one of that name."""
+    state = model.state_dict(keep_vars=True)
+    other = [n for n, t in state.items() if isinstance(t, torch.Tensor) and n in stored and t.dtype != stored[n].dtype]
+    if not other:
+        return model
+    model = copy.deepcopy(model)
+    state = model.state_dict(keep_vars=True)
+    for name in other:
+        state[name].data = state[name].data.to(stored[name].dtype)
+    return model
 
 
 def _shape(tensor: torch.Tensor | None) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
@@ -109,8 +110,17 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
             f"cannot import {error.name!r} of {module_name}:{factory_name}. Expected {_FORMS}."
         ) from error
     factory = getattr(module, factory_name, None)
-    if not callable(factory):
+    if isinstance(factory, nn.Module) or not callable(factory):
         raise ArgumentError(f"{module_name} has no callable {factory_name!r}: expected a factory of an nn.Module.")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ArgumentError(
+            f"{module_name}:{factory_name}{inspect.signature(factory)} needs arguments ({error}): expected a factory "
+            "that takes none; write a function that fills them in."
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
     model = factory()
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{module_name}:{factory_name}() returned a {type(model).__name__}, expected an nn.Module.")

@@ -20,14 +20,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
-from chase_fx.errors import ArgumentError, CaptureError, ChaseError
+from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.guards import expect
-from chase_fx.graphs.inputs import add_inputs, as_tuple, bind, check_devices, faked, shapes
-from chase_fx.graphs.leaves import Leaves, plain_recurrence
+from chase_fx.graphs.inference import normal_tensors
+from chase_fx.graphs.inputs import add_inputs, check_devices, check_model, faked, given, shapes
+from chase_fx.graphs.leaves import Leaves, declared, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.merge import merge, share_constants
@@ -40,7 +41,7 @@ from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo
 from chase_fx.graphs.trees import tensors_in
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
-from chase_fx.graphs.whole import Function
+from chase_fx.graphs.whole import Function, functions
 
 __all__ = ["SpecializationWarning", "trace"]
 
@@ -52,6 +53,7 @@ class SpecializationWarning(UserWarning):
 
 
 @uncollected()
+@normal_tensors()
 def trace(
     model: nn.Module,
     args: Any,
@@ -78,6 +80,7 @@ def trace(
         them free.
 
     Raises:
+        ArgumentError: an argument of a type that no call could honour.
         NothingToPruneError: the model has no parameters.
         DeviceMismatchError: model and inputs are on different devices.
         CaptureError: the model failed on the inputs (its own exception is the cause), or its forward did something
@@ -89,13 +92,10 @@ def trace(
         >>> traced(torch.zeros(5, 4)).shape
         torch.Size([5, 2])
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    arguments = as_tuple(args)
-    keywords = dict(kwargs or {})
-    bound = bind(model, arguments, keywords)
+    check_model(model)
+    arguments, keywords, bound = given(model, args, kwargs)
     device = check_devices(model, (arguments, keywords))
-    inputs = _Inputs(bound, arguments, keywords, device, dict(leaves or {}), tuple(whole))
+    inputs = _Inputs(bound, arguments, keywords, device, declared(leaves, model), functions(whole))
     meta = device is not None and device.type == "meta"
     graph, capture, recorder = _record_eval(model, inputs, _Way(training=False, fake=meta))
     root = _copy(model) if meta else recorder.root
@@ -132,7 +132,7 @@ def trace(
             "the forward reads tensor data or random numbers into Python, so the graph holds the way that it took by "
             "them, and refuses data that take another: " + "; ".join(dict.fromkeys(specialised)),
             SpecializationWarning,
-            stacklevel=3,  # past the decorator
+            stacklevel=4,  # past the decorators
         )
     structure, aliases = _structure(root)
     info = TraceInfo(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,13 +18,13 @@ from chase_fx.graphs import select
 from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, fixed_of, keep_mask, resolve
 from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.labels import Labelling, Unknown, propagate
+from chase_fx.graphs.outputs import Outputs, select_outputs
 from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.rules import DEFAULT_RULES, Rules
 from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
 
-__all__ = ["ChannelGraph", "Group", "Member", "Outputs", "analyze"]
+__all__ = ["ChannelGraph", "Group", "Member", "analyze"]
 
-Outputs = str | int | Sequence[str | int] | Callable[[str], bool] | None
 AxisName = tuple[str, int]
 
 
@@ -175,8 +175,8 @@ class ChannelGraph:
         return "\n".join(lines)
 
     def _axis(self, axis: AxisName | str) -> AxisName:
-        key = (axis, 0) if isinstance(axis, str) else (axis[0], int(axis[1]))
-        if key not in self.graph:
+        key = (axis, 0) if isinstance(axis, str) else axis
+        if not isinstance(key, tuple) or key not in self.graph:
             raise ArgumentError(
                 f"no axis {key!r}; axes are (parameter name, dim), e.g. {next(iter(self.graph.nodes))!r}"
             )
@@ -186,7 +186,7 @@ class ChannelGraph:
         """Write the graph as ``.dot``, ``.svg`` (needs Graphviz' ``dot``) or ``.html``; the suffix decides."""
         from chase_fx.graphs.draw import draw
 
-        return draw(self, Path(path))
+        return draw(self, path)
 
     def __str__(self) -> str:
         """A stable text dump: each tensor with its axes, a group named by its first axis."""
@@ -237,12 +237,14 @@ class ChannelGraph:
 
     def keep(self, kept: Mapping[str, torch.Tensor]) -> dict[str, Indices]:
         """Kept indices of every tensor that the given units change, the constants of a forward included."""
+        if not isinstance(kept, Mapping):
+            raise ArgumentError(f"expected a mapping from group names to masks, found {type(kept).__name__}")
         by_name = {group.name: group for group in self.groups}
         masks: dict[Atom, np.ndarray] = {}
         for name, mask in kept.items():
             if name not in by_name:
                 raise ArgumentError(f"no group {name!r}; groups are {', '.join(list(by_name)[:5])}, ...")
-            array = torch.as_tensor(mask).detach().cpu().numpy().astype(np.bool_)
+            array = _as_mask(name, mask)
             if array.shape != (by_name[name].size,):
                 raise ArgumentError(
                     f"group {name!r} has {by_name[name].size} units, found a mask of shape {array.shape}"
@@ -341,6 +343,16 @@ def _text(axis: Axis, names: Mapping[Atom, str]) -> str:
     return str(axis.size)
 
 
+def _as_mask(name: str, mask: object) -> np.ndarray:
+    try:
+        array: np.ndarray = torch.as_tensor(mask).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ArgumentError(f"the mask of group {name!r} can't be read ({e}); found {mask!r}") from e
+    if not np.isin(array, (0, 1)).all():  # such as the indices of the units that stay
+        raise ArgumentError(f"the mask of group {name!r} must hold one bool for each unit, found {mask!r}")
+    return array.astype(np.bool_)
+
+
 @uncollected()
 def analyze(
     traced: TracedModule, outputs: Outputs = None, *, rules: Rules = DEFAULT_RULES, on_unknown: str = "freeze"
@@ -373,7 +385,7 @@ def analyze(
         )
     if on_unknown not in ("freeze", "raise"):
         raise ArgumentError(f"on_unknown must be 'freeze' or 'raise', found {on_unknown!r}")
-    paths = _select_outputs(info, outputs)
+    paths = select_outputs(info, outputs)
     key = (paths, id(rules))
     found = info.analyses.get(key)
     if found is None or on_unknown == "raise":
@@ -385,27 +397,3 @@ def analyze(
     if key not in own or own[key].labelling is not found[1]:
         own[key] = ChannelGraph(traced, info, found[1], paths)
     return own[key]
-
-
-def _select_outputs(info: TraceInfo, outputs: Outputs) -> tuple[str, ...]:
-    paths = list(dict.fromkeys(leaf.path for capture in info.captures for leaf in capture.outputs))
-    if outputs is None:
-        return tuple(paths)
-    if callable(outputs):
-        chosen = [p for p in paths if outputs(p)]
-    else:
-        wanted = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
-        chosen = []
-        for want in wanted:
-            if isinstance(want, int):
-                if not -len(paths) <= want < len(paths):
-                    raise ArgumentError(f"no output {want}; there are {len(paths)}: {', '.join(paths)}")
-                chosen.append(paths[want])
-                continue
-            match = [p for p in paths if p == want or p.startswith(f"{want}.")]
-            if not match:
-                raise ArgumentError(f"no output {want!r}; there are {', '.join(paths)}")
-            chosen += match
-    if not chosen:
-        raise ArgumentError(f"outputs selects none of {', '.join(paths)}; at least one output must keep its shape")
-    return tuple(dict.fromkeys(chosen))

@@ -32,13 +32,16 @@ _COLOURS = (
 _FROZEN = "#e0e0e0"
 
 
-def draw(channels: ChannelGraph, path: Path) -> Path:
+def draw(channels: ChannelGraph, path: str | Path) -> Path:
     """Write ``channels`` to ``path``; the suffix decides.
 
     Raises:
-        ArgumentError: a suffix other than .dot, .svg, .html.
+        ArgumentError: no path, or a suffix other than .dot, .svg, .html.
         GraphvizMissingError: .svg without Graphviz' ``dot`` program; the .dot is written beside it.
     """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(f"the path of a drawing must be a string or a Path, found {type(path).__name__}")
+    path = Path(path)
     if path.suffix == ".dot":
         path.write_text(_dot(channels).to_string(), encoding="utf-8")
     elif path.suffix == ".svg":

@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.nn.parameter import is_lazy
 
-from chase_fx.errors import CaptureError, DeviceMismatchError, NothingToPruneError
+from chase_fx.errors import ArgumentError, CaptureError, DeviceMismatchError, NothingToPruneError
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
 from chase_fx.graphs.trees import tensors_in
 
-__all__ = ["add_inputs", "as_tuple", "bind", "check_devices", "faked", "shapes"]
+__all__ = ["add_inputs", "check_devices", "check_model", "faked", "given", "shapes"]
 
 
-def as_tuple(args: Any) -> tuple[Any, ...]:
-    """Positional arguments as ``trace`` takes them: a tuple, a list, or a single value."""
-    if isinstance(args, tuple):
-        return args
-    return tuple(args) if isinstance(args, list) else (args,)
-
-
-def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The arguments by the names of the forward's signature."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            f"{type(model).__name__} is compiled by TorchScript, which hides its operations; trace the Python model"
-        )
+def given(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any], inspect.BoundArguments]:
+    """Positional arguments (a tuple, a list, or a single value), keyword arguments, and both by name."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"kwargs must be a mapping from names to inputs, found {type(kwargs).__name__}")
+    positional = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    keywords = dict(kwargs or {})
     try:
-        return inspect.signature(model.forward).bind(*args, **kwargs)
+        return positional, keywords, inspect.signature(model.forward).bind(*positional, **keywords)
     except TypeError as e:
         raise CaptureError(
             f"the example inputs don't fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {e}"
         ) from e
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no module, and modules of which no copy with a shape and Python code can be had."""
+    if not isinstance(model, nn.Module):
+        call = f"; call it to make one: {model.__name__}(...)" if isinstance(model, type) else ""
+        raise ArgumentError(f"model must be a torch.nn.Module, found {type(model).__name__}{call}")
+    for name, module in model.named_modules():
+        of = f"'{name}' of {type(model).__name__}" if name else type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{of} is compiled by TorchScript, which hides its operations; trace the Python model, not compiled"
+            )
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if is_lazy(tensor):
+                raise CaptureError(
+                    f"'{own}' of {of} ({type(module).__name__}) has no shape before its first forward; "
+                    "call the model once on its inputs, then trace it"
+                )
 
 
 def check_devices(model: nn.Module, inputs: Any) -> torch.device | None:
@@ -44,6 +59,8 @@ def check_devices(model: nn.Module, inputs: Any) -> torch.device | None:
     state = list(model.parameters())
     if not state:
         raise NothingToPruneError(f"{type(model).__name__} has no parameters, so there is nothing to prune")
+    if any(t.is_nested for t in tensors_in(inputs)):
+        raise CaptureError("nested tensors hold no sizes to follow; give the example inputs padded to one size")
     sizes = [t.numel() for t in tensors_in(inputs)]
     if sizes and not any(sizes):
         raise CaptureError(

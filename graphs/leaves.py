@@ -18,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["SIZE_ATTRIBUTES", "Leaves", "is_leaf", "may_be_leaf", "plain_recurrence"]
+from chase_fx.errors import ArgumentError
+
+__all__ = ["SIZE_ATTRIBUTES", "Leaves", "declared", "is_leaf", "may_be_leaf", "plain_recurrence"]
 
 # module class -> ((attribute, tensor, dim), ...); keys are Any since a mapping of a subclass would not fit otherwise
 Leaves = Mapping[Any, tuple[tuple[str, str, int], ...]]
@@ -68,6 +70,38 @@ _FORWARDS: frozenset[Callable[..., object]] = frozenset(
 )
 # Parameter-free modules of torch.nn that hold sizes of channels themselves.
 _INLINED = (nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold, nn.Flatten)
+
+
+def declared(leaves: Any, model: nn.Module) -> dict[Any, tuple[tuple[str, str, int], ...]]:
+    """The leaf classes that a caller declares. Raises :class:`ArgumentError` for what ``model`` doesn't have."""
+    if leaves is not None and not isinstance(leaves, Mapping):
+        raise ArgumentError(f"leaves must map classes of modules to size attributes, found {type(leaves).__name__}")
+    found = {}
+    for cls, sizes in (leaves or {}).items():
+        if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+            raise ArgumentError(f"leaves must map classes of modules to size attributes, found the key {cls!r}")
+        try:
+            found[cls] = tuple((str(attribute), str(name), int(dim)) for attribute, name, dim in sizes)
+        except (TypeError, ValueError) as e:
+            raise ArgumentError(
+                f"the sizes of {cls.__name__} in leaves must be (attribute, tensor, dim) triples, found {sizes!r}"
+            ) from e
+        for module in model.modules():
+            if isinstance(module, cls):
+                _check_sizes(module, found[cls])
+    return found
+
+
+def _check_sizes(module: nn.Module, sizes: tuple[tuple[str, str, int], ...]) -> None:
+    tensors = {**module._parameters, **module._buffers}
+    for attribute, name, dim in sizes:
+        tensor = tensors.get(name)
+        if not hasattr(module, attribute) or name not in tensors or (tensor is not None and dim >= tensor.dim()):
+            raise ArgumentError(
+                f"leaves say that {type(module).__name__}.{attribute} is the size of dim {dim} of '{name}'; its "
+                f"tensors are { {n: None if t is None else tuple(t.shape) for n, t in tensors.items()} }"
+                + ("" if hasattr(module, attribute) else f", and it has no attribute {attribute!r}")
+            )
 
 
 def is_leaf(module: nn.Module, named: Leaves = MappingProxyType({})) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chase_fx.errors import CheckpointError, PlanMismatchError
+from chase_fx.errors import ArgumentError, CheckpointError, PlanMismatchError
 
 __all__ = ["PruningPlan"]
 
@@ -39,6 +39,8 @@ class PruningPlan:
 
     def new_shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor ``name`` after pruning."""
+        if name not in self.shapes:
+            raise ArgumentError(f"the plan knows no tensor {name!r}; it has {', '.join(list(self.shapes)[:3])}, ...")
         dense = self.shapes[name]
         kept = self.pruned.get(name)
         if kept is None:
@@ -55,7 +57,7 @@ class PruningPlan:
 
     def differences(self, other: PruningPlan) -> Iterator[str]:
         """One line per tensor dim that the two plans keep differently."""
-        if self.shapes != other.shapes:
+        if _checked(other).shapes != self.shapes:
             raise PlanMismatchError("the plans were made for different models: their tensors differ in name or shape")
         for name, dense in self.shapes.items():
             for d, n in enumerate(dense):
@@ -66,6 +68,7 @@ class PruningPlan:
     def then(self, later: PruningPlan) -> PruningPlan:
         """The plan that does this one and then ``later``, which was made for the model that this one gives."""
         pruned: dict[str, Indices] = {}
+        _checked(later)
         for name in self.shapes:
             if later.shapes.get(name) != self.new_shape(name):
                 raise PlanMismatchError(
@@ -113,6 +116,12 @@ class PruningPlan:
             if isinstance(e, CheckpointError):
                 raise
             raise CheckpointError(f"not a pruning plan: {type(e).__name__}: {e}") from e
+
+
+def _checked(plan: object) -> PruningPlan:
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(f"expected a PruningPlan, found {type(plan).__name__}")
+    return plan
 
 
 def _read_indices(name: str, kept: list[list[int] | None], shape: tuple[int, ...]) -> Indices:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,14 +22,14 @@ Score = str | Callable[["Group"], torch.Tensor]
 
 
 def choose(
-    channels: ChannelGraph, channel_sparsity: float, score: Score, round_to: int, scope: str
+    channels: ChannelGraph, channel_sparsity: Any, score: Score, round_to: Any, scope: str
 ) -> dict[str, torch.Tensor]:
-    """Group name -> (size,) bool of the units that stay."""
-    if isinstance(channel_sparsity, bool) or not isinstance(channel_sparsity, (int, float)):
+    """Group name -> (size,) bool of the units that stay. The numbers may be NumPy's."""
+    if isinstance(channel_sparsity, bool) or not isinstance(channel_sparsity, Real):
         raise ArgumentError(f"channel_sparsity must be a number in [0, 1), found {channel_sparsity!r}")
-    if not 0 <= channel_sparsity < 1:
+    if not 0 <= float(channel_sparsity) < 1:
         raise ArgumentError(f"channel_sparsity must be in [0, 1) (the share that is removed), found {channel_sparsity}")
-    if not isinstance(round_to, int) or round_to < 1:
+    if isinstance(round_to, bool) or not isinstance(round_to, Integral) or round_to < 1:
         raise ArgumentError(f"round_to must be a positive integer, found {round_to!r}")
     if scope not in ("group", "global"):
         raise ArgumentError(f"scope must be 'group' or 'global', found {scope!r}")
@@ -37,7 +38,7 @@ def choose(
         raise NothingToPruneError(f"every channel is frozen, so nothing can be pruned: {'; '.join(reasons)}")
     if channel_sparsity == 0:
         return {}
-    counts = widths(channels, 1 - channel_sparsity, round_to)
+    counts = widths(channels, 1 - float(channel_sparsity), int(round_to))
     if score == "magnitude":
         score = Magnitude(channels)
     scores = {group.name: _score(group, score) for group in channels.groups}
@@ -114,7 +115,7 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
 
 def _score(group: Group, score: Score) -> torch.Tensor:
     if callable(score):
-        values = torch.as_tensor(score(group)).detach().to("cpu", torch.float64)
+        values = _as_scores(group, score(group))
         if values.shape != (group.size,):
             raise ArgumentError(
                 f"the score of {group.name!r} must have shape ({group.size},), found {tuple(values.shape)}"
@@ -126,6 +127,17 @@ def _score(group: Group, score: Score) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.rand(group.size, generator=generator, dtype=torch.float64)
     raise ArgumentError(f"unknown score {score!r}; choose 'magnitude', 'random' or a function of a group")
+
+
+def _as_scores(group: Group, given: object) -> torch.Tensor:
+    wrong = f"the score of {group.name!r} must be ({group.size},) real numbers, found"
+    try:
+        values = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ArgumentError(f"{wrong} {type(given).__name__}: {e}") from e
+    if values.is_complex() or values.is_meta:
+        raise ArgumentError(f"{wrong} {'complex ones' if values.is_complex() else 'a meta tensor, which holds none'}")
+    return values.to_dense().to("cpu", torch.float64)
 
 
 def _global_counts(channels: ChannelGraph, counts: dict[str, int], scores: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -10,17 +10,29 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from chase_fx.errors import ArgumentError
 from chase_fx.graphs.source import is_model_code
 
-__all__ = ["Function", "FunctionName", "bindings", "enclosing", "named"]
+__all__ = ["Function", "FunctionName", "bindings", "enclosing", "functions", "named"]
 
 Function = Callable[..., Any]
 FunctionName = tuple[str, str]  # a module of Python, and the function's name there
+
+
+def functions(given: Sequence[Function]) -> tuple[Function, ...]:
+    """The functions that a caller names. Raises :class:`ArgumentError` for what no name of a Python module leads to."""
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"whole must be a list of functions, found {type(given).__name__}")
+    for function in given:
+        name = str(getattr(function, "__name__", ""))
+        if not callable(function) or not any(vars(m).get(name) is function for m in list(sys.modules.values())):
+            raise ArgumentError(f"whole takes functions of the top level of a Python module, found {function!r}")
+    return tuple(given)
 
 
 def enclosing() -> tuple[FunctionName, ...]:

@@ -20,6 +20,7 @@ from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.garbage import uncollected
+from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
@@ -34,6 +35,7 @@ LabelsOf = Callable[[Node], Labels | None]
 
 
 @uncollected()
+@normal_tensors()
 def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     """Apply a plan: slice parameters and buffers, resize modules, replace size arguments.
 

@@ -21,6 +21,7 @@ from torch.fx import Interpreter, Node
 from chase_fx.errors import ArgumentError, VerificationError
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, tensors_in
@@ -65,6 +66,7 @@ class VerificationReport:
         )
 
 
+@normal_tensors()
 def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     """Compare a slim module with the masked dense module that it was made from.
 
@@ -80,7 +82,9 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     masks = channels.masks_of(plan)
     inputs = (info.args, info.kwargs)
     if any(t.is_meta for t in tensors_in(inputs)) or any(p.is_meta for p in traced.parameters()):
-        raise ArgumentError("meta tensors hold no values to compare; verify a model with real parameters")
+        raise ArgumentError(
+            "meta tensors hold no values to compare; prune with verify=False, or verify a model with real parameters"
+        )
     floats = [p.dtype for p in traced.parameters() if p.is_floating_point()]
     dtype = floats[0] if floats else torch.get_default_dtype()
     tolerance = _EXACT if dtype is torch.float64 else _QUICK
@@ -187,7 +191,7 @@ class _Recording(Interpreter):
     def run_node(self, n: Node) -> Any:
         self.at = n.name
         out = initialised(n, super().run_node(n))
-        if isinstance(out, torch.Tensor):
+        if isinstance(out, torch.Tensor) and out.layout is torch.strided:
             self.values[n.name] = out.detach().clone()
         return out
 
@@ -268,8 +272,9 @@ def _scale(tensor: torch.Tensor) -> float:
 
 def _relative(want: torch.Tensor, have: torch.Tensor, floor: float = 0.0) -> float:
     """Largest difference, relative to the largest value of ``want``, or to ``floor`` if that is larger."""
-    if want.shape != have.shape:
+    if want.shape != have.shape or want.layout != have.layout:
         return float("inf")
+    want, have = want.to_dense(), have.to_dense()
     if want.numel() == 0:
         return 0.0
     if not want.is_floating_point() and not want.is_complex():
