@@ -83,7 +83,8 @@ class SparseWeights:
         names, parameters: the masked weights.
         masks: BoolTensor of each weight's shape, on its device; True is active.
         alive: what channel removal has left of each parameter; masks never reach beyond it.
-        explored: where weights were ever active, as far as channels are left; ``None`` unless tracked.
+        explored: where weights were ever active, as far as they are not cut off; ``None`` unless tracked.
+        explored_gone: how many of those were cut off.
         size: number of masked weights of the whole module as it was at the start (N).
     """
 
@@ -94,6 +95,7 @@ class SparseWeights:
         self.alive = Alive()
         self.optimizer = optimizer
         self.explored: list[Tensor] | None = None
+        self.explored_gone = 0
         self.size = sum(weight.numel() for weight in self.parameters)
         self._dense: dict[str, tuple[nn.Parameter, Tensor]] = {}
 

@@ -166,9 +166,10 @@ class RigLITOP(SparseTrainer):
 
     @property
     def coverage(self) -> float:
-        """R_s: the share of the masked weights that were ever active; live shrink takes removed ones out of it."""
-        explored = self._weights.explored or ()
-        return sum(int(mask.count_nonzero()) for mask in explored) / sum(mask.numel() for mask in explored)
+        """R_s: the share of all masked weights, removed ones included, that were ever active."""
+        weights = self._weights
+        explored = sum(int(mask.count_nonzero()) for mask in weights.explored or ())
+        return (explored + weights.explored_gone) / weights.size
 
 
 class GraNet(SparseTrainer):

@@ -2,8 +2,8 @@
 
 SGD's ``momentum_buffer``, Adam's ``exp_avg`` and ``exp_avg_sq``, RMSprop's ``square_avg``, Adagrad's ``sum``, and
 whatever an optimizer that we have never seen calls its own: one tensor per parameter with the parameter's shape.
-Scalars such as ``step`` have another shape and are left alone. Zeroing such a slot is what a fresh weight would start
-with.
+Scalars such as ``step`` have another shape and are left alone. Zero is what such a slot starts with, except for Rprop's
+``step_size``, which begins again at its smallest step, and Adagrad's ``sum`` with an ``initial_accumulator_value``.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ and size arguments of the graph are up to the ``shrink`` callable, which knows g
 
 The entries cut off are zero, get zero gradients and stay zero, so the trajectory is the one of masking alone: the sums
 just have fewer zero terms. The candidates of drop and grow keep their order, so that ties and random draws fall alike
-as well.
+as well. Two kinds of steps see the difference: norms over channels, which then count kept ones only, as in the slim
+module, and optimizers that average over a weight's rows and columns or scale by its shape (Adafactor, Muon).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,11 +70,24 @@ def shrink_in_place(
         if name in indices:
             weights.masks[i] = _cut(weights.masks[i], indices[name])
             if weights.explored is not None:
+                before = int(weights.explored[i].count_nonzero())
                 weights.explored[i] = _cut(weights.explored[i], indices[name])
+                weights.explored_gone += before - int(weights.explored[i].count_nonzero())
     weights.forget_removed()
     channels.rebase(groups, module)
     for target in (module, *followers):
         shrink(target, channels.kept)
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Drop what ``torch.compile`` made for the old sizes, wherever the module was compiled into.
+
+    Each cut is a recompilation, and a function of the caller's own around the module has a limit of eight of them: then
+    it runs uncompiled, or fails with ``fullgraph=True``.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def cut_parameter(parameter: nn.Parameter, keep: Sequence[Tensor | None], optimizer: Optimizer | None) -> None:

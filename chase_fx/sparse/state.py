@@ -17,7 +17,7 @@ from chase_fx.sparse.masks import SparseWeights
 __all__ = ["VERSION", "RunState"]
 
 VERSION = 1
-_KEYS = {"version", "step", "budget", "shortfall", "generator", "masks", "explored", "kept", "history"}
+_KEYS = {"version", "step", "budget", "shortfall", "generator", "masks", "explored", "explored_gone", "kept", "history"}
 
 
 @dataclass
@@ -52,6 +52,7 @@ class RunState:
             "generator": self.generator.get_state(),
             "masks": {name: mask.clone() for name, mask in zip(names, self.weights.masks, strict=True)},
             "explored": {name: mask.clone() for name, mask in zip(names, explored, strict=False)},
+            "explored_gone": self.weights.explored_gone,
             "kept": {name: mask.clone() for name, mask in self.channels.kept.items()},
             "history": deepcopy(self.channels.history),
         }
@@ -78,6 +79,7 @@ class RunState:
             weights.masks[i].copy_(state["masks"][name])
             if weights.explored is not None and name in state["explored"]:
                 weights.explored[i].copy_(state["explored"][name])
+        weights.explored_gone = int(state["explored_gone"])
         self.generator.set_state(state["generator"].cpu().to(torch.uint8))
         self.step, self.budget, channels.shortfall = int(state["step"]), int(state["budget"]), int(state["shortfall"])
         channels.history[:] = deepcopy(state["history"])

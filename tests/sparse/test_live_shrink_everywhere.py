@@ -280,6 +280,28 @@ def test_compiled_training() -> None:
     each(build)
 
 
+@pytest.mark.slow
+def test_a_compiled_function_around_the_module_outlives_many_cuts() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 10))
+    traced = chase_fx.trace(net, torch.zeros(4, 6))
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+    trainer = Chase(
+        traced, optimizer, total_steps=40, channel_sparsity=0.9, beta=0.0, channel_interval=2, live_shrink=True
+    )
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def loss_of(x: Tensor) -> Tensor:
+        return traced(x).square().mean()
+
+    for _ in range(40):
+        loss_of(torch.randn(4, 6)).backward()
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    assert len(trainer.channel_history) > 10  # torch gives up after eight
+
+
 def test_a_compiled_module_can_be_given_to_the_trainer() -> None:
     net = ResidualNet()
     compiled = torch.compile(net, backend="eager")

@@ -225,6 +225,15 @@ def test_itop_reports_the_share_of_weights_ever_active(run) -> None:
     assert shares[-1] > 0.12
 
 
+def test_itop_reports_the_same_with_live_shrink_and_when_resumed(run) -> None:
+    options = {"channel_sparsity": 0.5, "sparsity": 0.9, "total_steps": 20, "update_interval": 2}
+    masked, shrunk = (run(RigLITOP, **options, live_shrink=live) for live in (False, True))
+    for _ in range(13):
+        assert masked.step().trainer.coverage == shrunk.step().trainer.coverage
+    resumed = run(RigLITOP, **options, live_shrink=True).load(shrunk.state(), 13)
+    assert resumed.step(7).trainer.coverage == shrunk.step(7).trainer.coverage == masked.step(7).trainer.coverage
+
+
 def test_srigl_keeps_one_fan_in_per_layer(run) -> None:
     def check_fan_in(r) -> None:
         for name, mask in r.trainer.masks.items():
