@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.draws import DrawnArray
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
 from chase_fx.graphs.live import is_live, plain
@@ -26,7 +28,7 @@ from chase_fx.graphs.opaque import Rebuild, strip
 from chase_fx.graphs.shadows import given_path, graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
-from chase_fx.graphs.trees import holds_tensor
+from chase_fx.graphs.trees import holds_tensor, tensors_in
 from chase_fx.graphs.walk import Modules, buffers_in, parameters_in
 
 __all__ = ["NO_DEFAULT", "Arguments"]
@@ -62,6 +64,7 @@ class Arguments:
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self.no_grad = False
         self._detached: dict[Node, Node] = {}
+        self._cut: set[int] = set()  # tensors that left an autograd function beside its result
         self._trainable = {name for name, p in parameters.items() if p.requires_grad}
         self._training = _owners(self._trainable)
         self._nodes: dict[int, Node] = {}
@@ -115,6 +118,8 @@ class Arguments:
             return value.item()
         if isinstance(value, type) and value in _DTYPES:
             return _DTYPES[value]
+        if isinstance(value, DrawnArray):
+            return value.node
         if isinstance(value, np.ndarray):
             return self.node_of(torch.from_numpy(value))
         if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
@@ -227,6 +232,10 @@ class Arguments:
         """The node that computes ``tensor``; a ``get_attr`` for parameters, buffers and constants."""
         node = self._nodes.get(id(tensor))
         if node is not None:
+            if id(tensor) in self._cut and _may_need_grad(node):
+                node = self.graph.call_method("detach", (node,))
+                node.meta.update(source="", grad=False, slot=self.tape.slot_of(tensor))
+                self._tie(tensor, node)
             return self._without_grad(node) if self.no_grad else node
         name = self._state.get(id(tensor)) or self._name_in_model(tensor)
         if name is None and self._made_here(tensor):
@@ -242,6 +251,22 @@ class Arguments:
         node.meta["grad"] = name in self._trainable
         self._tie(tensor, node)
         return self._without_grad(node) if self.no_grad else node
+
+    @contextmanager
+    def inside_function(self) -> Iterator[Callable[[Any], Any]]:
+        """The forward of an autograd function runs inside the block; its result is passed through what this yields.
+
+        Whatever else leaves the function (states of a cache) has no gradient, for the forward runs without.
+        """
+        before, result = dict(self._nodes), set[int]()
+
+        def result_of(out: Any) -> Any:
+            result.update(map(id, tensors_in(out)))
+            return out
+
+        yield result_of
+        made = {k for k, node in self._nodes.items() if before.get(k) is not node and node.op != "get_attr"}
+        self._cut |= made - result
 
     def enter_grad_mode(self, *, enabled: bool) -> None:
         """From here on the forward runs with gradients enabled or disabled."""

@@ -2,7 +2,8 @@
 
 The model is copied, run in eval mode, and, if anything but a leaf module read ``self.training``, once more in train
 mode. Two captures of the same structure become one graph whose differing constants are chosen by the module's mode;
-where the structure differs (auxiliary heads) the module keeps both graphs.
+where the structure differs (auxiliary heads) the module keeps both graphs. Where random draws decide which code runs in
+train mode (LayerDrop), more captures find the other ways (see :mod:`.ways`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
 from chase_fx.errors import CaptureError, ChaseError
+from chase_fx.graphs.composition import check_combinations, compose
 from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.drawing import Outcomes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.garbage import uncollected
@@ -31,16 +34,18 @@ from chase_fx.graphs.inputs import add_inputs, check_devices, check_model, faked
 from chase_fx.graphs.leaves import Leaves, declared, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
-from chase_fx.graphs.merge import merge, share_constants
+from chase_fx.graphs.merge import merge, share_constants, share_rebuilds
 from chase_fx.graphs.modes import FLAG, TrainingFlag, enter_mode, has_own_train, modes_by_train
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
 from chase_fx.graphs.recorder import Recorder
+from chase_fx.graphs.runs import OtherStructureError, Pool
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import Capture, OutputLeaf, TracedModule, TraceInfo
 from chase_fx.graphs.trees import tensors_in
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
+from chase_fx.graphs.ways import decide, take_long_ways
 from chase_fx.graphs.whole import Function, functions
 
 __all__ = ["SpecializationWarning", "trace"]
@@ -103,7 +108,7 @@ def trace(
     train_error = None
     if recorder.reads_training:
         try:
-            train = _record(model, inputs, _Way(training=True, fake=meta))
+            train = _record_train(model, inputs, _Way(training=True, fake=meta))
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
     precision = other_precision(root) if recorder.reads_dtype and not meta else None
@@ -118,6 +123,7 @@ def trace(
         readers = sorted(recorder.mode_readers | train_recorder.mode_readers)
         modes = {name: (recorder.modes[name], train_recorder.modes[name]) for name in readers}
         root.add_module(FLAG, TrainingFlag(dict(modules_of(root)), modes))
+        share_rebuilds(train_graph, train_recorder.arguments.rebuilds, recorder.arguments.rebuilds)
         if merge(graph, train_graph):
             train_graph = None
     if precision is not None:
@@ -187,7 +193,7 @@ def _followers(
             there = replace(inputs, bound=bound, args=args, kwargs=kwargs, device=home)
             try:
                 with device or nullcontext():
-                    found = _record(root, there, _Way(training=training))[0]
+                    found = (_record_train if training else _record)(root, there, _Way(training=training))[0]
             except CaptureError:
                 continue
         return compare(graph, found, *precision)
@@ -250,6 +256,7 @@ class _Way:
         may_hash: live numbers may be hashed, for caches of functions are watched.
         dead: places that unrolled loops leave out.
         values: contractions are computed, however large.
+        outcomes: how random draws are to decide.
     """
 
     training: bool
@@ -258,6 +265,7 @@ class _Way:
     may_hash: bool = False
     dead: frozenset[Place] = frozenset()
     values: bool = False
+    outcomes: Outcomes = field(default_factory=Outcomes)
 
 
 def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
@@ -284,6 +292,36 @@ def _record_eval(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
         if not close:
             return _record(model, inputs, replace(way, unroll=False))
     return found
+
+
+def _record_train(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
+    """The capture in train mode; where random draws decide which code runs, both ways are in it."""
+    graph, found, recorder = _record(model, inputs, way)
+    if not recorder.decisions:
+        return graph, found, recorder
+    usual, way = recorder.outcomes.usual, replace(way, values=recorder.standins is None, may_hash=recorder.may_hash)
+
+    def capture(told: tuple[bool, ...]) -> Recorder:
+        other = _record(model, inputs, replace(way, outcomes=Outcomes(told, usual)))[2]
+        readers.update(other.mode_readers)
+        return other
+
+    readers = recorder.mode_readers
+    try:
+        if take_long_ways(recorder, capture, usual):
+            graph, found, recorder = _record(model, inputs, replace(way, outcomes=Outcomes((), usual)))
+        pool = Pool(recorder.tape, recorder.arguments.constants, recorder.arguments.rebuilds)
+        parts = decide(recorder, capture, pool)
+        graph, outputs = compose(parts, pool)
+        check_combinations(parts, capture, pool)
+        recorder.mode_readers |= readers
+    except OtherStructureError as e:
+        raise CaptureError(f"random draws decide which code runs, and {e}") from e
+    for name, rebuild in pool.rebuilds.items():
+        recorder.root.add_module(name, rebuild)
+    remove_dead_nodes(graph, recorder.root)
+    nodes = frozenset(node.name for node in graph.nodes)
+    return graph, replace(found, outputs=outputs, nodes=nodes), recorder
 
 
 def _record(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
@@ -316,20 +354,20 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
-    recorder.arguments.model = model
+    recorder.arguments.model, recorder.outcomes, recorder.training = model, way.outcomes, way.training
     trainable = [p for p in root.parameters() if p.requires_grad]
     try:
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
             p.requires_grad = False
-        with restored_generators() as drawn, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
+        with restored_generators() as state, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
+            recorder.watch_generators(state)
             with recorder.running():
                 out = root(*args, **kwargs)  # with the hooks that it has
+            recorder.check_generators()
             recorder.finish(out)
-            if drawn():
-                recorder.specialised.append("numbers drawn by Python's or NumPy's random generator")
     except ChaseError:
         raise
     except Exception as e:
@@ -354,10 +392,14 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
     leaves = tuple(_output_leaves(out, recorder.tape, ""))
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(plain(out)).__name__}")
+    recorder.outputs = leaves
     recorder.tape.release()
     for name, rebuild in recorder.arguments.rebuilds.items():
         root.add_module(name, rebuild)
-    remove_dead_nodes(recorder.graph, root)
+    composed = way.training and recorder.decisions  # with other captures, in which other nodes are dead
+    erased = [] if composed else remove_dead_nodes(recorder.graph, root)
+    if any(node.meta.get("by_mode") for node in erased):  # a dropout that nobody reads draws all the same
+        recorder.reads_training = True
     nodes = frozenset(node.name for node in recorder.graph.nodes)
     return recorder.graph, Capture("train" if way.training else "eval", recorder.tape, leaves, nodes), recorder
 

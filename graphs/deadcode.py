@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.branches import BRANCHES
+from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS
 from chase_fx.graphs.shadows import given_path
 
@@ -12,17 +14,23 @@ __all__ = ["has_effect", "remove_dead_nodes"]
 
 
 def has_effect(node: Node, root: nn.Module) -> bool:
-    """Whether running ``node`` matters even if its value is not used (writes in place, updates statistics, guards)."""
-    if node.op in ("placeholder", "output") or node.meta.get("in_place") or node.meta.get("whole"):
+    """Whether running ``node`` matters even if its value is not used.
+
+    It does if it writes in place, updates statistics, guards, or draws random numbers, which the next draw depends on.
+    """
+    if node.op in ("placeholder", "output") or any(map(node.meta.get, ("in_place", "whole", "draws"))):
         return True
     if node.op == "call_module":
         module = root.get_submodule(given_path(str(node.target)))
         return any(True for _ in module.buffers())
-    return node.target in GUARDS
+    return any(node.target in kind for kind in (GUARDS, DRAWS, BRANCHES))
 
 
-def remove_dead_nodes(graph: Graph, root: nn.Module) -> None:
-    """Erase every node without users and without effect, last first, so that whole chains go."""
+def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
+    """Erase every node without users and without effect, last first, so that whole chains go; the erased ones."""
+    erased = []
     for node in reversed(list(graph.nodes)):
         if not node.users and not has_effect(node, root):
             graph.erase_node(node)
+            erased.append(node)
+    return erased

@@ -19,10 +19,9 @@ from chase_fx.graphs.guards import agree, check_data
 from chase_fx.graphs.live import LiveFloat, LiveInt, fix
 from chase_fx.graphs.recording import Recording
 from chase_fx.graphs.source import source_line
-from chase_fx.graphs.tape import Slot, Tape
 from chase_fx.graphs.whole import enclosing
 
-__all__ = ["Decisions"]
+__all__ = ["READS_DATA", "Decisions"]
 
 # Calls that make a Python number of a tensor of one number.
 _CONVERSIONS = frozenset({"__bool__", "is_nonzero", "__int__", "__index__", "__float__"})
@@ -36,7 +35,7 @@ _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 _READS_NUMBERS = frozenset({"item", "tolist"})
 # Calls that hand all data out: whatever comes of it is a constant.
 _READS_ALL = frozenset({"numpy", "__array__", "__complex__"})
-_READS_DATA = frozenset({*_CONVERSIONS, *_COMPARISONS, *_READS_NUMBERS, *_READS_ALL})
+READS_DATA = frozenset({*_CONVERSIONS, *_COMPARISONS, *_READS_NUMBERS, *_READS_ALL})
 # Calls that give a Python value which does not depend on the data.
 _ABOUT = frozenset(
     {
@@ -58,7 +57,7 @@ class Decisions(Recording):
         """A call whose result is no tensor."""
         if name not in _ABOUT:
             self._need_values(args, kwargs)
-        if name not in _READS_DATA:
+        if name not in READS_DATA:
             return out
         line = source_line()
         self.specialised.append(f"{name} at {line}")
@@ -67,11 +66,10 @@ class Decisions(Recording):
         numbers = name in _READS_NUMBERS and args and args[0].dtype not in (torch.bool, *_COMPLEX)
         if numbers:
             return self._read_numbers(name, args[0], out)
-        if not isinstance(args[0], torch.Tensor) or not _drawn(self.tape, self.tape.slot_of(args[0])):
-            self._decide(name, out, args, kwargs, line)
+        self._guard_data(name, out, args, kwargs, line)
         return out
 
-    def _decide(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> None:
+    def _guard_data(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> None:
         """Write a guard: the forward goes on with ``out``."""
         if name in _CONVERSIONS or (name == "item" and type(out) is bool):
             self.arguments.call(check_data, (args[0], out, line))
@@ -114,13 +112,3 @@ class Decisions(Recording):
             return LiveFloat(value, self, build) if type(value) is float else value
 
         return live(out, lambda: node)
-
-
-def _drawn(tape: Tape, slot: Slot) -> bool:
-    """Whether random numbers alone make a tensor, whatever the inputs are."""
-    wanted, found = {slot.index}, False
-    for op in reversed(tape.ops):
-        if any(out.index in wanted for out in op.outs):
-            wanted.update(s.index for s in op.inputs())
-            found = found or torch.Tag.nondeterministic_seeded in op.op.tags
-    return found and not any(tape.slots[index].kind == "input" for index in wanted)

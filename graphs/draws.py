@@ -1,44 +1,157 @@
-"""Random generators around a capture: left as they were, and draws that no graph can make again are noticed."""
+"""Random generators around a capture, and the draws of Python's and NumPy's as calls that a graph can make.
+
+torch's own draws are calls like any other. Python's and NumPy's give plain numbers, which Python decides by or computes
+with: a call of one that gives a float becomes a node. The functions here are the targets of such nodes; they have names
+that a graph can import, and act on the generators of the whole process, as the model does.
+"""
 
 from __future__ import annotations
 
+import functools
+import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch.fx import Node
+from torch.fx.node import has_side_effect
 
-__all__ = ["restored_generators"]
+from chase_fx.errors import CaptureError, OtherPathError
+from chase_fx.graphs.tape import TapedOp
+
+__all__ = [
+    "DRAWS",
+    "GENERATORS",
+    "DrawnArray",
+    "decided",
+    "drawn",
+    "draws",
+    "fresh_seed",
+    "given_arrays",
+    "is_drawn",
+    "reseed",
+    "restored_generators",
+]
+
+GENERATORS: dict[str, Any] = {"random": random, "numpy.random": np.random}  # what has a generator of its own
+# Calls that only say how the values given shape the result; by what they read, a number depends on no data.
+_MEASURES = frozenset({"size", "numel", "stride", "dim"})
+
+
+def drawn(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """What a function of Python's ``random`` or of ``numpy.random`` draws."""
+    return getattr(GENERATORS[module], name)(*args, **kwargs)
+
+
+def reseed(seed: int) -> None:
+    """``torch.manual_seed``; the generator that it gives is that of the process."""
+    torch.manual_seed(seed)
+
+
+def fresh_seed() -> int:
+    """``torch.seed``: a new seed from the system, set and given."""
+    return torch.seed()
+
+
+def decided(outcome: Any, expected: bool, where: str) -> None:
+    """Refuse a draw that decides otherwise than it did when the graph was captured."""
+    if bool(outcome) is not expected:
+        raise OtherPathError(
+            f"a random draw decides at {where}: it was {expected} when the graph was captured and is {not expected} "
+            "now, so the model would run other code than the graph has",
+            where,
+        )
+
+
+# The graph keeps these nodes although nobody reads their value: what is drawn later depends on them.
+DRAWS: frozenset[Any] = frozenset(
+    {has_side_effect(drawn), has_side_effect(reseed), has_side_effect(fresh_seed), has_side_effect(decided)}
+)
+
+
+def draws(op: TapedOp) -> bool:
+    """Whether an ATen call draws from a generator, so that leaving it out would change what is drawn later."""
+    if not _seeded(op.op):
+        return False
+    given = {
+        a.name: op.arg(i, a.name, a.default_value) for i, a in enumerate(op.op._schema.arguments)
+    }  # attention and recurrent layers draw for their dropout only
+    dropout = given.get("dropout_p", given.get("dropout"))
+    return dropout != 0 and given.get("train") is not False and given.get("training") is not False
+
+
+@functools.cache
+def _seeded(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def is_drawn(node: Node) -> bool:
+    """Whether the value of ``node`` comes from random draws, and depends on no input but for sizes."""
+    if _measures(node):
+        return False
+    found, stack, seen = False, [node], {node}
+    while stack:
+        last = stack.pop()
+        if last.op == "placeholder":
+            return False
+        found = found or last.target in DRAWS or bool(last.meta.get("draws"))
+        more = [n for n in last.all_input_nodes if n not in seen and not _measures(n)]
+        seen.update(more)
+        stack += more
+    return found
+
+
+def _measures(node: Node) -> bool:
+    """Whether ``node`` is a size, a device or a type, or arithmetic of such."""
+    if node.target in _MEASURES or (node.target is getattr and node.args[1] in ("device", "dtype")):
+        return True
+    return "slot" not in node.meta and bool(node.all_input_nodes) and all(map(_measures, node.all_input_nodes))
+
+
+class DrawnArray:
+    """An array of random numbers that a function of the model drew: it can become a tensor, and nothing else."""
+
+    def __init__(self, value: np.ndarray, node: Node, line: str) -> None:
+        self.value, self.node, self._line = value, node, line
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise CaptureError(
+            f"the forward uses '{name}' of an array of random numbers drawn at {self._line}; in train mode a graph can "
+            "only make a tensor of it with torch.tensor"
+        )
+
+
+def _refused(name: str) -> Callable[..., NoReturn]:
+    return lambda self, *_: self.__getattr__(name)
+
+
+for _name in ("add", "and", "bool", "eq", "getitem", "gt", "invert", "iter", "len", "lt", "mul", "or", "sub"):
+    setattr(DrawnArray, f"__{_name}__", _refused(_name))
+
+
+def given_arrays(values: Iterable[Any]) -> list[Any]:
+    """``values`` with the arrays themselves."""
+    return [v.value if isinstance(v, DrawnArray) else v for v in values]
 
 
 @contextmanager
-def restored_generators() -> Iterator[Callable[[], bool]]:
-    """Puts torch's, Python's and NumPy's generators back at the end.
-
-    Yields whether Python's or NumPy's has drawn since: what it drew decided something that no node of a graph decides
-    again, such as which layers LayerDrop leaves out.
-    """
+def restored_generators() -> Iterator[Callable[[], Any]]:
+    """Puts torch's, Python's and NumPy's generators back at the end. Yields what tells the state of the latter two."""
     rng = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator)
 
-    def drawn() -> bool:
-        return random.getstate() != python or not _same(np.random.get_state(legacy=False), numpy)  # noqa: NPY002
+    def state() -> Any:
+        return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
 
     try:
-        yield drawn
+        yield state
     finally:
         torch.set_rng_state(rng)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _same(state: Any, other: Any) -> bool:
-    """Whether two states of NumPy's generator, dictionaries of dictionaries, arrays and numbers, are the same."""
-    if isinstance(state, Mapping):
-        return all(_same(value, other[key]) for key, value in state.items())
-    return np.array_equal(state, other)

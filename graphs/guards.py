@@ -17,9 +17,9 @@ from torch.fx.node import has_side_effect
 
 from chase_fx.errors import ArgumentError, OtherPathError
 
-__all__ = ["GUARDS", "agree", "check", "check_data", "check_number", "expect"]
+__all__ = ["COMPARE", "GUARDS", "agree", "check", "check_data", "check_number", "expect"]
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
@@ -41,7 +41,7 @@ def expect(value: Any, expected: Any, name: str) -> None:
 
 def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> None:
     """Refuse sizes for which the model's Python code would take another path than it took in the capture."""
-    found = _COMPARE[comparison](left, right)
+    found = COMPARE[comparison](left, right)
     if found if holds else not found:  # in this form torch.compile can decide it for symbolic sizes
         return
     raise OtherPathError(
@@ -55,7 +55,7 @@ def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> No
 def check_number(left: Any, comparison: str, right: Any, holds: bool, where: str) -> None:
     """:func:`check` of a number that was read from data: what a compiler can't know is asserted when it runs."""
     if torch.compiler.is_compiling():
-        found = _COMPARE[comparison](left, right)
+        found = COMPARE[comparison](left, right)
         torch._check(found if holds else torch.sym_not(found))
     else:
         check(left, comparison, right, holds, where)

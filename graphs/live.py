@@ -57,13 +57,20 @@ class NumberRecorder(Protocol):
     def guard(self, left: Any, comparison: str, right: Any, holds: bool) -> None:
         """The forward goes on with the outcome of ``left comparison right``, which is ``holds`` in the capture."""
 
+    def decide(self, left: Any, comparison: str, right: Any, holds: bool) -> bool:
+        """The outcome to go on with where random draws decide."""
+
+    def lose(self, number: Any) -> None:
+        """The forward goes on with a whole or plain number that was made from a random draw."""
+
 
 class _Live:
-    """Shared by both kinds of numbers: the recorder and a node that is made on first use."""
+    """Shared by both kinds of numbers: the recorder, a node that is made on first use, and whether it was drawn."""
 
     _recorder: NumberRecorder
     _build: Callable[[], Node]
     _node: Node | None
+    drawn: bool = False  # by a random generator
 
     def node(self) -> Node:
         """The FX node whose value is this number."""
@@ -192,6 +199,8 @@ def fix(value: Any) -> Any:
     """``value`` as a plain number that the forward goes on with: the graph only serves inputs that give the same."""
     number = plain(value)
     if is_live(value) and value._recorder.recording():
+        if value.drawn:
+            value._recorder.lose(value)
         value._recorder.guard(value, "==", number, True)
     return number
 
@@ -223,7 +232,12 @@ def derive(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     if isinstance(value, bool):  # math.isnan and the like
         recorder.guard(LiveInt(value, recorder, build), "==", int(value), True)
         return value
-    return LiveInt(value, recorder, build) if isinstance(value, int) else LiveFloat(value, recorder, build)
+    found: LiveInt | LiveFloat
+    found = LiveInt(value, recorder, build) if isinstance(value, int) else LiveFloat(value, recorder, build)
+    found.drawn = any(isinstance(o, _Live) and o.drawn for o in operands)
+    if found.drawn and isinstance(found, int):  # a list that is indexed by it reads it without asking
+        recorder.lose(found)
+    return found
 
 
 def _binary(fn: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -253,6 +267,8 @@ def _comparison(symbol: str, fn: Callable[[Any, Any], bool]) -> Callable[[Any, A
             return NotImplemented
         holds = fn(plain(self), plain(other))
         if self._recorder.recording():
+            if self.drawn or (isinstance(other, _Live) and other.drawn):
+                return self._recorder.decide(self, symbol, other, holds)
             self._recorder.guard(self, symbol, other, holds)
         return holds
 

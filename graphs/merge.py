@@ -9,9 +9,10 @@ import torch
 from torch.fx import Graph, Node
 
 from chase_fx.graphs.modes import FLAG
+from chase_fx.graphs.opaque import Rebuild, alike
 from chase_fx.graphs.tape import Tape
 
-__all__ = ["by_mode", "merge", "share_constants"]
+__all__ = ["by_mode", "merge", "share_constants", "share_rebuilds"]
 
 
 def by_mode(training: bool, in_train: Any, in_eval: Any) -> Any:
@@ -118,3 +119,16 @@ def share_constants(
     for slot in tape.slots:
         if slot.kind == "constant" and slot.name in names:
             slot.name = names[slot.name]
+
+
+def share_rebuilds(graph: Graph, found: dict[str, Rebuild], rebuilds: Mapping[str, Rebuild]) -> None:
+    """Templates ``found`` by the second capture that are not those of the first get their own names."""
+    names = {
+        name: name if name in rebuilds and alike(rebuild.template, rebuilds[name].template) else f"{name}_train"
+        for name, rebuild in found.items()
+    }
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            node.target = names[node.target]
+    for name, new in names.items():
+        found[new] = found.pop(name)

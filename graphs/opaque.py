@@ -15,7 +15,7 @@ from torch import nn
 
 from chase_fx.graphs.live import is_live
 
-__all__ = ["Rebuild", "strip"]
+__all__ = ["Rebuild", "alike", "strip"]
 
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, nn.Module)
 
@@ -49,6 +49,28 @@ def strip(value: Any) -> tuple[Any, list[Any]]:
 
     template = _walk(value, {}, replace)
     return template, holes if any(isinstance(found, torch.Tensor) for found in holes) else []
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two templates build the same object from the same tensors."""
+    return _alike(a, b, set())
+
+
+def _alike(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
+    if a is b or (id(a), id(b)) in seen:
+        return True
+    if type(a) is not type(b):
+        return False
+    seen.add((id(a), id(b)))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, _ATOMIC) or callable(a):
+        return bool(a == b)
+    if isinstance(a, dict) and not (list(a) == list(b) and all(_alike(a[k], b[k], seen) for k in a)):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_alike(x, y, seen) for x, y in zip(a, b, strict=True))
+    return _alike(vars(a), vars(b), seen) if hasattr(a, "__dict__") else isinstance(a, dict) or bool(a == b)
 
 
 def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:

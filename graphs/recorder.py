@@ -11,17 +11,21 @@ import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.modules.dropout import _DropoutNd
+from torch.random import get_rng_state, set_rng_state
 
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
+from chase_fx.graphs.drawing import Drawing
+from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
@@ -30,7 +34,7 @@ from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import is_own, reachable_code
-from chase_fx.graphs.reads import SIZE_CALLS, Reads
+from chase_fx.graphs.reads import SIZE_CALLS
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.trees import holds_tensor
@@ -53,7 +57,7 @@ _COUNTED = frozenset({"unbind", "split", "chunk", "unsafe_split", "unsafe_chunk"
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
-class Recorder(Reads):
+class Recorder(Drawing):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
     def __init__(
@@ -65,10 +69,9 @@ class Recorder(Reads):
         *,
         values: bool,
     ) -> None:
-        super().__init__(root, device, values=values)
+        super().__init__(root, device, reachable_code(root), values=values)
         self.leaves = leaves
         self.whole = whole
-        self.code = reachable_code(root)
         self.reads_training = False
         self.unroll = True
         self.unrolled = False
@@ -91,18 +94,19 @@ class Recorder(Reads):
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
-        floats = [
+        draws = self.draw_patches()
+        replaced = [
             (values, name, v)
             for m in hidden
             for values in _attributes(m)
             for name, v in values.items()
-            if type(v) is float
+            if type(v) is float or id(v) in self.drawers
         ]
-        for attributes, name, value in floats:
-            attributes[name] = Watchful(value)
+        for attributes, name, value in replaced:
+            attributes[name] = Watchful(value) if type(value) is float else self.drawers[id(value)]
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
-        patches += self._whole_patches()
+        patches += [*self._whole_patches(), *draws]
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
@@ -111,8 +115,8 @@ class Recorder(Reads):
                 yield
         finally:
             self._active = False
-            for attributes, name, value in floats:
-                attributes[name] = plain(attributes.get(name, value))
+            for attributes, name, value in replaced:
+                attributes[name] = plain(attributes.get(name, value)) if type(value) is float else value
             for _, module in self.modules:
                 module.__dict__.setdefault("training", training[id(module)])
                 if is_leaf(module, self.leaves) or may_be_leaf(module):
@@ -192,19 +196,23 @@ class Recorder(Reads):
         if is_leaf(module, self.leaves) and stays:
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
-            out, start = self._run_leaf(module, original, args, kwargs)
-            return self._record_leaf(name, module, (args, kwargs), out, start)
+            own = self.draws_itself() if type(module) in self.leaves else nullcontext()
+            with own:
+                out, start = self._run_leaf(module, original, args, kwargs)
+            by_mode = type(module) in self.leaves or isinstance(module, (_DropoutNd, nn.RReLU))
+            return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=by_mode)
         if may_be_leaf(module) and stays and len(args) >= 1 and isinstance(args[0], torch.Tensor):
             self._leaf_reads_training = False
-            rng = torch.get_rng_state()
+            rng = get_rng_state()
             mark = len(self.tape.ops)
-            out, start = self._run_leaf(module, original, args, kwargs)
+            with self.draws_itself():
+                out, start = self._run_leaf(module, original, args, kwargs)
             with torch._C.DisableTorchFunction():
                 same_shape = isinstance(out, torch.Tensor) and out.shape == args[0].shape
             if self._leaf_reads_training and same_shape:
-                return self._record_leaf(name, module, (args, kwargs), out, start)
+                return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=True)
             del self.tape.ops[mark:]
-            torch.set_rng_state(rng)
+            set_rng_state(rng)
         if module.__dict__.get("training") is self._given.mode(module):
             module.__dict__.pop("training", None)  # a leaf that is taken apart: reading its mode has to be noticed
         return original(module, *args, **kwargs)
@@ -217,10 +225,18 @@ class Recorder(Reads):
             return original(module, *args, **kwargs), start
 
     def _record_leaf(
-        self, name: str, module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], out: Any, start: int
+        self,
+        name: str,
+        module: nn.Module,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        out: Any,
+        start: int,
+        *,
+        by_mode: bool,
     ) -> Any:
         args, kwargs = given
         node = self.graph.call_module(graph_path(name), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node.meta["by_mode"] = by_mode  # in train mode it may draw
         if next(module.parameters(), None) is not None:
             node.meta["grad"] = True
             node.meta["trained"] = self.arguments.trains(name) or None
@@ -254,7 +270,7 @@ class Recorder(Reads):
     def _call_function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = len(self.tape.ops)
         with self._paused():
-            out = func(*args, **kwargs)
+            out = func(*given_arrays(args), **kwargs)
         if not holds_tensor(out) and name != "__setitem__":
             return self._python_value(name, out, args, kwargs)
         if name in _READS_INDICES:
@@ -315,13 +331,18 @@ class Recorder(Reads):
             # A checkpoint or a reversible block: its backward computes the gradient of what the forward runs without
             # one, so the forward is recorded with it.
             inlined, self._inlined = self._inlined, True
+            start = len(self.tape.ops)
             try:
-                return run(*args, **kwargs)
+                with self.arguments.inside_function() as result_of:
+                    out = result_of(run(*args, **kwargs))
             finally:
                 self._inlined = inlined
+            if not cls.__module__.startswith("torch."):  # a checkpoint of torch's puts the generators back
+                self.redraws(f"the autograd function {cls.__name__}", start)
+            return out
         self._need_values(args, kwargs)
         start = len(self.tape.ops)
-        with self._paused(), torch._C.DisableTorchFunction():
+        with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
         node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
@@ -330,12 +351,12 @@ class Recorder(Reads):
         """A function of tensors that finds its way itself; one that gives numbers is recorded as any other."""
         if not self._active:
             return function(*args, **kwargs)
-        start, rng = len(self.tape.ops), torch.get_rng_state()
-        with self._paused(), torch._C.DisableTorchFunction():
+        start, rng = len(self.tape.ops), get_rng_state()
+        with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = function(*args, **kwargs)
         if not _only_tensors(out):
             del self.tape.ops[start:]
-            torch.set_rng_state(rng)
+            set_rng_state(rng)
             return function(*args, **kwargs)
         node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         node.meta["whole"] = True

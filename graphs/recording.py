@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.draws import draws
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.provenance import from_data, view_sizes
 from chase_fx.graphs.source import source_line
@@ -68,6 +69,14 @@ class Recording(TorchFunctionMode):
             guard = check_number if from_data(a) or from_data(b) else check
             self.arguments.call(guard, (a, comparison, b, holds, line), plain=True)
 
+    def decide(self, left: Any, comparison: str, right: Any, holds: bool) -> bool:
+        """The outcome to go on with where random draws decide."""
+        raise NotImplementedError
+
+    def lose(self, number: Any) -> None:
+        """The forward goes on with a whole or plain number that was made from a random draw."""
+        raise NotImplementedError
+
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""
         self._active = True
@@ -107,6 +116,8 @@ class Recording(TorchFunctionMode):
         for op in self.tape.ops[start:]:
             op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, operands, sizes
         node.meta["tape"] = (start, len(self.tape.ops))
+        if any(map(draws, self.tape.ops[start:])):
+            node.meta["draws"] = True
         if self.arguments.no_grad and node.op != "call_module":
             node.meta["grad"] = False
         self.arguments.bind(out, node)

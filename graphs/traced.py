@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
+from chase_fx.graphs.branches import python_code
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
@@ -163,14 +164,14 @@ def _unpickle(
 
 
 def _compile(graph: Graph) -> Callable[..., Any]:
-    code = graph.python_code(root_module="self")
+    code = python_code(graph)
     forward: Callable[..., Any] = _forward_from_src(code.src, code.globals, {})
     return forward
 
 
 def _refuse(self: TracedModule, *_args: Any, **_kwargs: Any) -> Any:
     assert self.info is not None
-    raise CaptureError(f"this graph has no train mode, for the model failed there: {self.info.train_error}")
+    raise CaptureError(f"this graph has no train mode: {self.info.train_error}")
 
 
 def _by_mode(

@@ -33,8 +33,8 @@ def judged_by_oracle(record: Record) -> str:
 def complaints(record: Record) -> list[str]:
     """What is wrong with a model that is neither exact in every respect nor refused; nothing for any other.
 
-    Another batch size that the capture refuses with its reason, and a train mode of which it warns that data or random
-    numbers decide what runs (LayerDrop), are no silent differences: the page has them, as remarks.
+    Another batch size or a train mode that the graph refuses with its reason are no silent differences: the page has
+    them, as remarks.
     """
     if record["state"] == "refused":
         return []
@@ -45,8 +45,7 @@ def complaints(record: Record) -> list[str]:
         found.append(f"the oracle differs: {record.get('oracle 0.5')}; {record.get('oracle 0.9')}")
     if record.get("batch") not in ("ok", "fixed", None) and not record["batch"].startswith("refused"):
         found.append(f"another batch size: {record['batch']}")
-    own = record.get("train", "ok").startswith("the model itself: ") or record.get("warnings")
-    if record.get("train", "ok") != "ok" and not own:
+    if not record.get("train", "ok").startswith(("ok", "refused: ", "the model itself: ")):
         found.append(f"train mode: {record['train']}")
     if not record.get("untouched", True):
         found.append("the model given was changed")

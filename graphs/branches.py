@@ -1,0 +1,107 @@
+"""Parts of a graph that run or are left out as a random draw decides.
+
+A graph stays one flat list of nodes, so that every pass reads it as ever: ``begin``, the nodes of one way,
+``otherwise``, those of the other way, ``join``; then a ``choose`` for each value that is one thing after the one way
+and another after the other. Only the code that is generated knows that the two parts are alternatives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.graph import PythonCode
+from torch.fx.node import has_side_effect
+
+__all__ = ["BRANCHES", "begin", "choose", "join", "otherwise", "python_code", "result"]
+
+
+def begin(condition: Any, expected: bool) -> bool:
+    """Whether the nodes up to ``otherwise`` run: those of the way on which ``condition`` has the expected truth."""
+    return bool(condition) is expected
+
+
+def otherwise(taken: bool) -> bool:
+    """Begins the other way."""
+    return not taken
+
+
+def join(other: bool) -> bool:
+    """Ends the other way."""
+    return other
+
+
+def choose(taken: bool, first: Any, second: Any) -> Any:
+    """The value after the way that was taken; that of the other way was not computed."""
+    return first if taken else second
+
+
+def result(value: Any) -> Any:
+    """What the forward returns."""
+    return value
+
+
+# Kept although nobody reads their value: where they stand is what they mean.
+BRANCHES: frozenset[Any] = frozenset({has_side_effect(begin), has_side_effect(otherwise), has_side_effect(join)})
+_INDENT = "    "
+
+
+def python_code(graph: Graph) -> PythonCode:
+    """The code of a graph, in which only one of two ways runs."""
+    codegen: Any = graph._codegen
+    before = codegen._body_transformer
+    codegen._body_transformer = _nested(graph)
+    try:
+        return graph.python_code(root_module="self")
+    finally:
+        codegen._body_transformer = before
+
+
+def _nested(graph: Graph) -> Callable[[list[str]], list[str]]:
+    """Turns the lines between markers into blocks; what a way leaves out is ``None`` there."""
+    markers = {node.name: node.target for node in graph.nodes if node.target in BRANCHES}
+    undefined = _undefined(graph)
+
+    def nested(body: list[str]) -> list[str]:
+        lines: list[str] = []
+        depth = 0
+        for line in "".join(body).split("\n"):
+            name = found[1] if (found := re.match(r"(\w+) = ", line)) else ""
+            marker = markers.get(name)
+            if marker in (otherwise, join):
+                depth -= 1
+            indent = _INDENT * depth
+            if marker is None or marker is begin:
+                lines.append(indent + line if line else line)
+            if marker in (begin, otherwise):
+                lines.append(f"{indent}if {name}:" if marker is begin else f"{indent}else:")
+                lines.append(f"{indent}{_INDENT}pass")
+                lines += [f"{indent}{_INDENT}{value} = None" for value in undefined.get(name, ())]
+                depth += 1
+        return ["\n".join(lines)]
+
+    return nested
+
+
+def _undefined(graph: Graph) -> dict[str, list[str]]:
+    """By the marker that a block begins with: values of the other block that are chosen from after both."""
+    around: list[str] = []
+    blocks: dict[str, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        if node.target in (otherwise, join):
+            around.pop()
+        if node.target in (begin, otherwise):
+            around.append(node.name)
+        blocks[node.name] = tuple(around)
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.target is choose:
+            taken = node.args[0]
+            other = next(user for user in taken.users if user.target is otherwise)
+            for value, own, opposite in ((node.args[1], taken, other), (node.args[2], other, taken)):
+                names = found.setdefault(opposite.name, [])
+                if isinstance(value, Node) and own.name in blocks[value.name] and value.name not in names:
+                    names.append(value.name)
+    return found

@@ -1,0 +1,244 @@
+"""Which part of a forward a random draw decides about, found by captures with other outcomes.
+
+Each draw that decides gets one more capture, in which it decides otherwise and everything else goes on as usual: the
+number of captures grows with the number of draws, not with that of their combinations. Up to the draw the two captures
+are equal; from their ends backwards their steps are matched, and what is left between is what the draw decides about.
+The values that the matched steps read and that differ are what the two ways hand on.
+
+That the draws don't depend on each other beyond these values is an assumption. So captures with several draws that
+decide otherwise, in combinations that hold every pair of outcomes, have to be what the parts put together give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import comb
+from typing import Any
+
+from chase_fx.graphs.draws import decided
+from chase_fx.graphs.recorder import Recorder
+from chase_fx.graphs.runs import (
+    Expression,
+    OtherStructureError,
+    Pool,
+    Run,
+    Step,
+    Value,
+    key,
+    leaves_of,
+    like,
+    map_values,
+    read,
+)
+
+__all__ = ["Branch", "Capture", "Decided", "decide", "patterns", "take_long_ways"]
+
+Capture = Callable[[tuple[bool, ...]], Recorder]  # a capture whose first draws decide as told
+
+
+def take_long_ways(recorder: Recorder, capture: Capture, usual: dict[str, bool]) -> bool:
+    """Let the usual outcome at each line be the one with which more is computed; whether one changed.
+
+    What a layer computes is then told from what it was given, which are the same thing where it is left out.
+    """
+    first = {decision.line: index for index, decision in reversed(list(enumerate(recorder.decisions)))}
+    outcomes, length = [decision.outcome for decision in recorder.decisions], len(recorder.graph.nodes)
+    changed = [
+        line
+        for line, index in first.items()
+        if len(capture((*outcomes[:index], not outcomes[index])).graph.nodes) > length
+    ]
+    usual.update({line: not usual[line] for line in changed})
+    return bool(changed)
+
+
+@dataclass(eq=False)
+class Branch:
+    """What one draw decides about.
+
+    Attributes:
+        run: the run in which it decides as usual; steps from ``start`` (the decision itself) to ``stop`` are its way.
+        other: the run in which it decides otherwise; its way ends before step ``other_stop``.
+        handed: values that later steps read, with what they are after the other way.
+    """
+
+    run: Run
+    start: int
+    stop: int
+    other: Run
+    other_stop: int
+    handed: tuple[tuple[Value, Any], ...]
+
+
+@dataclass
+class Decided:
+    """The usual run, and the branch at each decision, of it and of the other ways."""
+
+    usual: Run
+    branches: dict[Step, Branch]
+
+
+def decide(first: Recorder, capture: Capture, pool: Pool) -> Decided:
+    """Find the branches of a forward of which ``first`` is a capture.
+
+    Raises:
+        OtherStructureError: the ways don't join again, or can't be told apart.
+    """
+    found = Decided(read(first, pool), {})
+    limit = 16 + 3 * len(first.decisions)
+
+    def other_way(run: Run, index: int, position: int) -> Run:
+        if len(found.branches) >= limit:
+            raise OtherStructureError(
+                f"there are more than {limit} ways, for what they decide about does not end before the next one does, "
+                f"from {_where(run, position)} on"
+            )
+        told = (*run.outcomes[:index], not run.outcomes[index])
+        return read(capture(told), pool, run.steps[: position + 1])
+
+    _add_branches(found, found.usual, (0, len(found.usual.steps)), other_way)
+    return found
+
+
+def _add_branches(found: Decided, run: Run, part: tuple[int, int], other_way: Callable[[Run, int, int], Run]) -> None:
+    """The branches at the decisions among a part of the steps of ``run``."""
+    start, stop = part
+    ends: list[int] = []
+    for index, position in enumerate(run.decisions):
+        if not start <= position < stop:
+            continue
+        other = other_way(run, index, position)
+        branch = _branch(run, position, other)
+        ends = [end for end in ends if end > position]
+        if branch.stop > min((stop, *ends)):
+            raise OtherStructureError(f"what it decides about overlaps with another decision {_where(run, position)}")
+        ends.append(branch.stop)
+        found.branches[run.steps[position]] = branch
+        _add_branches(found, other, (position + 1, branch.other_stop), other_way)
+
+
+def _where(run: Run, position: int) -> str:
+    return f"at {run.steps[position].node.meta['source']}"
+
+
+def _branch(run: Run, start: int, other: Run) -> Branch:
+    """Match the two runs from their ends; ``start`` is the decision in both."""
+    ours, theirs = run.steps[start + 1 :], other.steps[start + 1 :]
+    length = 0
+    for a, b in zip(reversed(ours), reversed(theirs), strict=False):
+        if not _alike(a, b):
+            break
+        length += 1
+    while length:
+        matching = _Matching(ours, theirs, length)
+        if matching.length == length:
+            stop, other_stop = len(run.steps) - length, len(other.steps) - length
+            return Branch(run, start, stop, other, other_stop, matching.result(_where(run, start)))
+        length = matching.length
+    raise OtherStructureError(f"what the forward returns depends on the draw {_where(run, start)}")
+
+
+def _alike(a: Step, b: Step) -> bool:
+    """Whether the two do the same with values that may differ."""
+    if not like(a.node, b.node) or (a.slot is None) is not (b.slot is None):
+        return False
+    if a.slot is not None and b.slot is not None and (a.slot.shape, a.slot.dtype) != (b.slot.shape, b.slot.dtype):
+        return False
+    return a.node.target is decided or _same_form(a.args, b.args)
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    if isinstance(a, (Step, Expression)):
+        return b is None or isinstance(b, (Step, Expression))
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same_form, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(_same_form(a[k], b[k]) for k in a)
+    if isinstance(a, slice):
+        return isinstance(b, slice) and all(map(_same_form, (a.start, a.stop, a.step), (b.start, b.stop, b.step)))
+    return bool(key(a) == key(b))
+
+
+class _Matching:
+    """The last ``length`` steps of two runs as the same steps; ``length`` gets smaller where they can't be."""
+
+    def __init__(self, ours: list[Step], theirs: list[Step], length: int) -> None:
+        self.length = length
+        self._twin = dict(zip(ours[-length:], theirs[-length:], strict=True))
+        self._from_end = {s: i for steps in (ours, theirs) for i, s in enumerate(reversed(steps[-length:]))}
+        self._handed: dict[Value, Any] = {}
+        self._kept: set[Value] = set()
+        self._ambiguous = False
+        self._compared: set[tuple[int, int]] = set()
+        for a, b in self._twin.items():
+            skipped = a.node.target is decided
+            self._compare(a.args[0][:1] if skipped else a.args, b.args[0][:1] if skipped else b.args)
+
+    def result(self, where: str) -> tuple[tuple[Value, Any], ...]:
+        """What the two ways hand on."""
+        if self._ambiguous or not self._kept.isdisjoint(self._handed):
+            raise OtherStructureError(f"one value has several meanings after the draw {where}")
+        return tuple(self._handed.items())
+
+    def _compare(self, a: Any, b: Any) -> None:
+        if isinstance(a, (Step, Expression)):
+            self._value(a, b)
+        elif isinstance(a, (tuple, list)):
+            for x, y in zip(a, b, strict=True):
+                self._compare(x, y)
+        elif isinstance(a, dict):
+            for k in a:
+                self._compare(a[k], b[k])
+        elif isinstance(a, slice):
+            self._compare((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+
+    def _value(self, a: Value, b: Any) -> None:
+        if (id(a), id(b)) in self._compared:
+            return
+        self._compared.add((id(a), id(b)))
+        if a is b:
+            self._kept.add(a)
+            if isinstance(a, Expression):
+                map_values(a.args, lambda part: self._value(part, part))
+        elif a in self._twin or b in self._from_end:
+            if self._twin.get(a) is not b:  # type: ignore[arg-type]  # a step, or no key of it
+                self.length = min(self.length, *(self._from_end[v] for v in (a, b) if v in self._from_end))
+        elif self._same_number(a, b):
+            self._compare(a.args, b.args)
+        else:
+            self._ambiguous = self._ambiguous or self._handed.setdefault(a, b) is not b
+            self._untouched(a)
+            self._untouched(b)
+
+    def _same_number(self, a: Value, b: Any) -> bool:
+        """The same arithmetic, or the same element of what is matched: its parts are what differs."""
+        if not (isinstance(a, Expression) and isinstance(b, Expression)):
+            return False
+        if a.node.op != b.node.op or a.target != b.target or not _same_form(a.args, b.args):
+            return False
+        if a.slot is None:
+            return a.node.op != "get_attr"
+        return any(part in self._twin for part in leaves_of(a))
+
+    def _untouched(self, value: Any) -> None:
+        """What is handed on is known before the matched steps."""
+        late = [self._from_end[p] for p in leaves_of(value) if p in self._from_end]
+        if late:
+            self.length = min(self.length, *late)
+
+
+def patterns(number: int) -> Iterator[tuple[bool, ...]]:
+    """Which of ``number`` draws decide otherwise: all combinations of few, else some that hold every pair of outcomes.
+
+    Those of one or no draw are left out.
+    """
+    if number <= 3:
+        yield from (p for p in product((False, True), repeat=number) if sum(p) > 1)
+        return
+    rows = next(n for n in range(2, number + 2) if comb(n, n // 2) >= number)
+    codes = [code for code, _ in zip(combinations(range(rows), rows // 2), range(number), strict=False)]
+    yield (True,) * number
+    for row in range(rows):
+        yield tuple(row in code for code in codes)
