@@ -13,6 +13,7 @@ from chase_fx.errors import UnsupportedOpError
 from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
 from chase_fx.graphs.rules.normaliser import DECISIVE, decisive
+from chase_fx.graphs.rules.recurrent import projections
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import Capture, TraceInfo
 from chase_fx.graphs.unification import Axes
@@ -114,6 +115,9 @@ class _Propagation:
             self.labelling.producers.update(axis.owner for axis in facts.produced if isinstance(axis, Atom))
         for leaf in self.capture.outputs:
             self._read(leaf.slot, None)
+        for slot in projections(self.capture.tape.ops):
+            if slot.index in self.labels:
+                self.labelling.axes.require(self.labels[slot.index][1], slot.shape[0] + 1)
         self.labelling.slots.append(self.labels)
         self.labelling.facts.append(self.facts)
 

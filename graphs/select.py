@@ -78,7 +78,8 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
             multiple = round_to // math.gcd(round_to, math.prod(_kept(o, share) for o in others) or 1)
         multiple = math.lcm(multiple, group.atom.multiple)
         if multiple > 1:
-            keep = min(group.size, max(multiple, round(keep / multiple) * multiple))
+            least = max(1, math.ceil(group.atom.least / multiple))
+            keep = min(group.size, max(least, round(keep / multiple)) * multiple)
         counts[group.name] = keep
         share[group.atom] = keep / group.size
     return counts

@@ -57,6 +57,8 @@ def resize(module: nn.Module, leaves: Leaves) -> None:
     if isinstance(module, nn.RNNBase):
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
         module.hidden_size = module.get_parameter("weight_hh_l0").shape[0] // _GATES[module.mode]
+        if module.proj_size:
+            module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
     weight = module._parameters.get("weight")
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         module.normalized_shape = tuple(weight.shape)

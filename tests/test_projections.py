@@ -1,0 +1,37 @@
+"""LSTMs with projections: torch tells them from plain ones by two widths that differ, so pruning must leave them so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chase_fx
+from tests.oracle import randomise
+
+
+class Projected(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self, hidden: int, projected: int, layers: int) -> None:
+        super().__init__()
+        both = layers > 1
+        self.first = nn.Linear(4, 6)
+        self.rnn = nn.LSTM(6, hidden, layers, proj_size=projected, batch_first=True, bidirectional=both)
+        self.out = nn.Linear(projected * (2 if both else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(self.first(x))[0])
+
+
+@pytest.mark.parametrize(("hidden", "projected", "layers"), [(8, 3, 1), (8, 7, 1), (8, 6, 2), (4, 3, 1), (12, 4, 2)])
+def test_fewer_are_projected_than_are_hidden(hidden: int, projected: int, layers: int) -> None:
+    """At any sparsity and rounding a projected LSTM stays one, and is exact."""
+    net, x = randomise(Projected(hidden, projected, layers)), torch.randn(2, 5, 4, dtype=torch.float64)
+    for sparsity in (0.5, 0.95):
+        for round_to in (1, 4):
+            slim = chase_fx.prune(net, x, channel_sparsity=sparsity, round_to=round_to)
+            rnn = slim.get_submodule("rnn")
+            assert rnn.get_parameter("weight_hr_l0").shape == (rnn.proj_size, rnn.hidden_size)
+            assert 0 < rnn.proj_size < rnn.hidden_size
+            assert round_to > 1 or rnn.proj_size < projected
