@@ -44,6 +44,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "score: taylor": {**REFILLED, "channel_score": "taylor"},
     "score: bn_scale": {**REFILLED, "channel_score": "bn_scale"},
     "score: random": {**REFILLED, "channel_score": "random"},
+    "score: taylor, global ranking per FLOP": {
+        **REFILLED, "channel_score": "taylor", "channel_ranking": "global", "channel_cost": "flops"
+    },
 }  # fmt: skip
 _VARIANTS_AT = 0.7
 
