@@ -37,7 +37,7 @@ def test_every_run_has_a_name_of_its_own_and_comes_after_the_one_whose_cost_it_n
         assert run.cost_of is None or run.cost_of in names[:place]
 
 
-@pytest.mark.parametrize("rival", RIVALS.values(), ids=str)
+@pytest.mark.parametrize("rival", RIVALS.values(), ids=list(RIVALS))
 def test_a_rival_is_never_cheaper_than_it_must_be_nor_much_dearer(contest, rival):
     wanted = 1_500_000
     slim = rival(contest, wanted)
