@@ -196,6 +196,7 @@ def _norm(func: Any, kept: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: 
     x, args = args[0], args[1:]
     if func is F.group_norm:
         return _group_norm(x, kept, *args, **kwargs)
+    target = kwargs.pop("out", None)  # spectral norm writes the vectors of its power method in place
     small = _select(x, kept)
     if func in (F.layer_norm, F.rms_norm):
         shape = args[0] if args else kwargs.pop("normalized_shape")
@@ -209,7 +210,8 @@ def _norm(func: Any, kept: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: 
         rest = [_select(a, own) if isinstance(a, Tensor) else a for a in args]
         more = {k: _select(v, own) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         out = func(small, *rest, **more)
-    return _scatter(x, out, kept)
+    whole = _scatter(x, out, kept)
+    return whole if target is None else target.copy_(whole)
 
 
 def _scatter(like: Tensor, value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
