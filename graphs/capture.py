@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
 from chase_fx.errors import CaptureError, ChaseError
+from chase_fx.graphs.autocast import casts
 from chase_fx.graphs.composition import check_combinations, compose
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.drawing import Outcomes
@@ -111,7 +112,7 @@ def trace(
             train = _record_train(model, inputs, _Way(training=True, fake=meta))
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
-    precision = other_precision(root) if recorder.reads_dtype and not meta else None
+    precision = other_precision(root, casts=casts(graph)) if recorder.reads_dtype and not meta else None
     follow = [] if precision is None else _followers(model, inputs, graph, precision, training=False)
     constants = dict(recorder.arguments.constants)
     captures = [capture]
@@ -179,13 +180,13 @@ def _followers(
 ) -> list[Change]:
     """The arguments in ``graph`` that follow the model's precision, found by a capture in another one.
 
-    On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data. Where neither
-    works nothing is known, and nothing follows.
+    On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data or if torch casts,
+    which it does not on meta tensors. Where neither works nothing is known, and nothing follows.
     """
     if not may_follow(graph, precision[0]):
         return []
     root = _copy(model)
-    for device in (torch.device("meta"), None):
+    for device in (None,) if casts(graph) else (torch.device("meta"), None):
         with in_precision(root, *precision, device) as moved:
             args, kwargs = moved(inputs.args), moved(inputs.kwargs)
             bound = inspect.BoundArguments(inputs.bound.signature, OrderedDict(moved(dict(inputs.bound.arguments))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.autocast import AUTOCAST, remove_empty_regions
 from chase_fx.graphs.branches import BRANCHES
 from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS
@@ -23,7 +24,7 @@ def has_effect(node: Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(given_path(str(node.target)))
         return any(True for _ in module.buffers())
-    return any(node.target in kind for kind in (GUARDS, DRAWS, BRANCHES))
+    return any(node.target in kind for kind in (GUARDS, DRAWS, BRANCHES, AUTOCAST))
 
 
 def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
@@ -33,4 +34,5 @@ def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
         if not node.users and not has_effect(node, root):
             graph.erase_node(node)
             erased.append(node)
+    remove_empty_regions(graph)
     return erased

@@ -27,11 +27,13 @@ def recover(
     """The node that computes ``tensor`` by the taped calls that belong to no node yet; ``None`` where they can't.
 
     They can't if a call belongs to a node that does not hand its results out (the inside of a module or of an autograd
-    function), or if what they read was overwritten since.
+    function), if what they read was overwritten since, or if a region of autocast began or ended since.
     """
     slot = tape.find(tensor)
     positions = _needed(slot, tape) if slot is not None else []
     if slot is None or not positions or _overwritten(positions, tape):
+        return None
+    if any(tape.region(p) != tape.regions[-1][1] for p in positions):  # here torch casts otherwise
         return None
     nodes: dict[int, Node] = {}
     source = source_line()

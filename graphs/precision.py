@@ -61,8 +61,11 @@ def complex_of(dtype: torch.dtype) -> torch.dtype:
     return torch.complex32 if dtype is torch.float16 else torch.complex64
 
 
-def other_precision(root: nn.Module) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtype of most floating-point parameters and one to compare with; ``None`` if there are none."""
+def other_precision(root: nn.Module, *, casts: bool) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtype of most floating-point parameters and one to compare with; ``None`` if there are none.
+
+    Where torch ``casts`` automatically, that is one that it casts, too: it leaves doubles as they are.
+    """
     counts: dict[torch.dtype, int] = {}
     for p in root.parameters():
         if p.is_floating_point():
@@ -70,7 +73,9 @@ def other_precision(root: nn.Module) -> tuple[torch.dtype, torch.dtype] | None:
     if not counts:
         return None
     own = max(counts, key=lambda dtype: counts[dtype])
-    return own, torch.float64 if own is torch.float32 else torch.float32
+    if own is not torch.float32:
+        return own, torch.float32
+    return own, torch.bfloat16 if casts else torch.float64
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.nn.modules.dropout import _DropoutNd
 from torch.random import get_rng_state, set_rng_state
 
+from chase_fx.graphs.autocast import Regions, preserved_autocast
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
@@ -106,13 +107,15 @@ class Recorder(Drawing):
             attributes[name] = Watchful(value) if type(value) is float else self.drawers[id(value)]
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
-        patches += [*self._whole_patches(), *draws]
+        self.regions = Regions(self.arguments, lambda: self._active and not _transformed())
+        patches += [*self._whole_patches(), *draws, *self.regions.patches()]
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
-            with patched(patches), live_calls(self.code), self.tape_mode, self:
+            with patched(patches), preserved_autocast(always=True), live_calls(self.code), self.tape_mode, self:
                 self._active = True
                 yield
+                self.regions.check_closed()
         finally:
             self._active = False
             for attributes, name, value in replaced:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
 from chase_fx.graphs.arguments import Arguments
+from chase_fx.graphs.autocast import Regions
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.draws import draws
 from chase_fx.graphs.guards import check, check_number
@@ -43,6 +44,7 @@ class Recording(TorchFunctionMode):
         self.reads: dict[str, tuple[FunctionName, ...]] = {}
         self.reads_dtype = False  # of a tensor of floats
         self.may_hash = False
+        self.regions: Regions
         self._measures_at = ""
         self._guards: set[tuple[Any, ...]] = set()
         self._names = {id(m): name for name, m in reversed(self.modules)}
@@ -101,6 +103,7 @@ class Recording(TorchFunctionMode):
     def _finish(
         self, node: Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: int, *, in_place: bool
     ) -> Any:
+        self.regions.check()
         source = source_line()
         node.meta["source"] = source
         node.meta["in_place"] = in_place

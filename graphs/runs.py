@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.autocast import AUTOCAST, region_settings
 from chase_fx.graphs.branches import result
 from chase_fx.graphs.draws import DRAWS, decided
 from chase_fx.graphs.guards import GUARDS, check, check_data, check_number
@@ -259,6 +260,8 @@ def _in_place(node: Node) -> bool:
         node.op in ("placeholder", "output")
         or "tape" in node.meta
         or node.target in DRAWS
+        or node.target in AUTOCAST
+        or node.target is region_settings
         or node.target is check_data  # what it reads may be written to later
         or (node.op == "call_method" and node.target in _READS)
     )

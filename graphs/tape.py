@@ -6,6 +6,7 @@ what hundreds of torch functions and modules do.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,7 @@ class Tape:
 
     ops: list[TapedOp] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    regions: list[tuple[int, Any]] = field(default_factory=lambda: [(0, ())])  # of autocast: from which call on
     _by_id: dict[int, Slot] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)
 
@@ -136,6 +138,10 @@ class Tape:
         self._by_id[id(tensor)] = slot
         self._alive.append(tensor)
         return slot
+
+    def region(self, position: int) -> Any:
+        """The settings of every region of autocast around the call at ``position``."""
+        return self.regions[bisect_right(self.regions, position, key=lambda region: region[0]) - 1][1]
 
     def release(self) -> None:
         """Let go of the tensors once the capture is over; only shapes are needed from then on."""

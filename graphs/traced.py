@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
+from chase_fx.graphs.autocast import casts, preserved_autocast
 from chase_fx.graphs.branches import python_code
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
@@ -110,6 +111,9 @@ class TracedModule(GraphModule):
         elif self.train_graph is not None:
             cls = type(self)
             cls.forward = _by_mode(cls.forward, _compile(self.train_graph), lambda module: getattr(module, FLAG)())
+        if any(map(casts, self.graphs())):
+            cls = type(self)
+            cls.forward = _preserving(cls.forward)
         return code
 
     def train(self, mode: bool = True) -> Self:
@@ -166,6 +170,16 @@ def _unpickle(
 def _compile(graph: Graph) -> Callable[..., Any]:
     code = python_code(graph)
     forward: Callable[..., Any] = _forward_from_src(code.src, code.globals, {})
+    return forward
+
+
+def _preserving(run: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(self, *args, **kwargs)
+        with preserved_autocast():
+            return run(self, *args, **kwargs)
+
     return forward
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.fx import Interpreter, Node
 
 from chase_fx.errors import ArgumentError, VerificationError
+from chase_fx.graphs.autocast import preserved_autocast
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.inference import normal_tensors
@@ -124,7 +125,7 @@ def _compare(
         parameter.requires_grad = False
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
-        with torch.enable_grad(), plain_recurrence(traced), ConstantDraws():
+        with torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True), ConstantDraws():
             reference = MaskedReference(traced, channels, 0, masks)
             expected = _expected(reference, inputs)
             recorded = _Recording(slim, graph=slim.graph)
