@@ -17,6 +17,7 @@ from chase_fx.errors import ArgumentError
 from chase_fx.graphs import select
 from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, fixed_of, keep_mask, resolve
 from chase_fx.graphs.garbage import uncollected
+from chase_fx.graphs.hand_masks import masks_by_atom
 from chase_fx.graphs.labels import Labelling, Unknown, propagate
 from chase_fx.graphs.outputs import Outputs, select_outputs
 from chase_fx.graphs.plan import Indices, PruningPlan
@@ -58,6 +59,16 @@ class Group:
     size: int
     atom: Atom
     _channels: ChannelGraph
+
+    @property
+    def least(self) -> int:
+        """How many units have to stay: two where a spread is measured over them."""
+        return self.atom.least
+
+    @property
+    def multiple(self) -> int:
+        """The number of units that stay is a multiple of this, unless all of them do."""
+        return self.atom.multiple
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -230,29 +241,19 @@ class ChannelGraph:
         return self.plan_keeping(kept)
 
     def plan_keeping(self, kept: Mapping[str, torch.Tensor]) -> PruningPlan:
-        """The plan that keeps the given units: group name -> (size,) bool; groups that are missing stay whole."""
+        """The plan that keeps the given units: group name -> (size,) bool; groups that are missing stay whole.
+
+        Raises:
+            ArgumentError: a mask that is none of a group's, or that keeps fewer units than the group's ``least`` or no
+                multiple of its ``multiple``.
+        """
         pruned = self.keep(kept)
         own = {n: s for n, s in self.info.structure.items() if n not in self.info.constants}
         return PruningPlan(self.digest, self.outputs, own, {n: p for n, p in pruned.items() if n in own})
 
     def keep(self, kept: Mapping[str, torch.Tensor]) -> dict[str, Indices]:
         """Kept indices of every tensor that the given units change, the constants of a forward included."""
-        if not isinstance(kept, Mapping):
-            raise ArgumentError(f"expected a mapping from group names to masks, found {type(kept).__name__}")
-        by_name = {group.name: group for group in self.groups}
-        masks: dict[Atom, np.ndarray] = {}
-        for name, mask in kept.items():
-            if name not in by_name:
-                raise ArgumentError(f"no group {name!r}; groups are {', '.join(list(by_name)[:5])}, ...")
-            array = _as_mask(name, mask)
-            if array.shape != (by_name[name].size,):
-                raise ArgumentError(
-                    f"group {name!r} has {by_name[name].size} units, found a mask of shape {array.shape}"
-                )
-            if not array.any():
-                raise ArgumentError(f"group {name!r} must keep at least one unit")
-            if not array.all():
-                masks[by_name[name].atom] = array
+        masks = masks_by_atom(self.groups, kept)
         pruned: dict[str, Indices] = {}
         # Tensors of one layer share their axes; an axis is held so that its id stays its own.
         known: dict[int, tuple[Axis, torch.Tensor | None]] = {}
@@ -341,16 +342,6 @@ def _text(axis: Axis, names: Mapping[Atom, str]) -> str:
     if isinstance(axis, Prod):
         return "(" + " * ".join(_text(f, names) for f in axis.factors) + ")"
     return str(axis.size)
-
-
-def _as_mask(name: str, mask: object) -> np.ndarray:
-    try:
-        array: np.ndarray = torch.as_tensor(mask).detach().cpu().numpy()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ArgumentError(f"the mask of group {name!r} can't be read ({e}); found {mask!r}") from e
-    if not np.isin(array, (0, 1)).all():  # such as the indices of the units that stay
-        raise ArgumentError(f"the mask of group {name!r} must hold one bool for each unit, found {mask!r}")
-    return array.astype(np.bool_)
 
 
 @uncollected()

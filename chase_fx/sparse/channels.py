@@ -103,7 +103,8 @@ class ChannelState:
         # A group of one unit can never lose it: it is no prunable channel and does not count in the share.
         self.count = ChannelCount.of([group for group in groups if group.size > 1])
         self.channels = self.count.total({group.name: group.size for group in groups})
-        self.floors = {group.name: floor_of(group.size, rule.sparsity, rule.beta) for group in groups}
+        self.floors = {g.name: max(g.least, floor_of(g.size, rule.sparsity, rule.beta)) for g in groups}
+        self.multiples = {g.name: math.lcm(rule.round_to, g.multiple) for g in groups}
         self.history: list[dict[str, Any]] = []
         self.shortfall = 0
         self.rebase(groups, module)
@@ -145,7 +146,7 @@ class ChannelState:
             )
             for units in ranked
         }
-        gone = choose(scores, kept, self.floors, self.count, quota=quota, round_to=self.rule.round_to)
+        gone = choose(scores, kept, self.floors, self.count, quota=quota, multiples=self.multiples)
         self.remove({name: self.ids[name][indices] for name, indices in gone.items()}, weights)
         if gone:
             self.history.append(

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -107,13 +108,13 @@ def choose(
     count: ChannelCount,
     *,
     quota: int,
-    round_to: int = 1,
+    multiples: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The units to remove now: lowest scores first, at most ``quota`` channels.
 
     A group at its floor gives nothing, and what it may not give is taken from the next lowest scores elsewhere. One
-    pass over a finite list, so floors that cannot be met end it instead of stalling it. With ``round_to``, a group
-    gives its lowest units in blocks that leave a multiple of it, ranked by their mean score.
+    pass over a finite list, so floors that cannot be met end it instead of stalling it. A group gives its lowest units
+    in blocks that leave a multiple of what it is brought to, ranked by their mean score.
 
     Args:
         scores: per group Tensor (size,), float64.
@@ -121,7 +122,7 @@ def choose(
         floors: per group the units that must stay.
         count: how units count as channels.
         quota: channels to remove.
-        round_to: multiple that groups are brought to.
+        multiples: per group what the number of units that stay is brought to a multiple of; 1 for a group not in it.
 
     Returns:
         Per group the LongTensor of units to remove, ascending; groups that give nothing are left out.
@@ -132,8 +133,9 @@ def choose(
     for order, (name, mask) in enumerate(kept.items()):
         left = mask.nonzero().squeeze(1)
         ranked = left[torch.sort(scores[name][left], stable=True).indices]
-        values, first = scores[name][ranked].tolist(), len(ranked) % round_to or round_to
-        bounds = [0, *range(first, len(ranked) + 1, round_to)]
+        step = multiples.get(name, 1)
+        values, first = scores[name][ranked].tolist(), len(ranked) % step or step
+        bounds = [0, *range(first, len(ranked) + 1, step)]
         for start, end in pairwise(bounds):
             mean = values[start] if end == start + 1 else math.fsum(values[start:end]) / (end - start)
             blocks.append((-math.inf if math.isnan(mean) else mean, order, name, ranked[start:end].tolist()))

@@ -47,6 +47,8 @@ class CutGroup:
     name: str
     size: int
     members: Sequence[CutMember]
+    least: int
+    multiple: int
 
 
 @torch.no_grad()
@@ -149,4 +151,4 @@ def _cut_group(channels: ChannelState, index: int, alive: Alive) -> CutGroup:
             raise RewriteError(msg)
         renumbered = (axis.cumsum(0) - 1)[positions[here]].view(len(left), -1)
         members.append(CutMember(part.name, part.dim, renumbered, part.producer))
-    return CutGroup(name, len(left), tuple(members))
+    return CutGroup(name, len(left), tuple(members), units.group.least, units.group.multiple)

@@ -47,6 +47,14 @@ class GroupLike(Protocol):
         """Number of units."""
 
     @property
+    def least(self) -> int:
+        """Units that have to stay."""
+
+    @property
+    def multiple(self) -> int:
+        """What the number of units that stay is a multiple of."""
+
+    @property
     def members(self) -> Sequence[MemberLike]:
         """Every axis that a unit has a slice of."""
 

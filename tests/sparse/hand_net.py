@@ -22,6 +22,8 @@ class Group:
     name: str
     size: int
     members: tuple[Member, ...]
+    least: int = 1
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,11 @@ def test_rounding_removes_blocks_that_leave_a_multiple() -> None:
     scores = {"a": values(*range(1, 11)), "b": values(4, 4, 4, 4, 20, 20, 20, 20)}
     kept = all_kept(a=10, b=8)
     floors = {"a": 1, "b": 1}
-    assert removed(choose(scores, kept, floors, alone("a", "b"), quota=6, round_to=4)) == {
+    assert removed(choose(scores, kept, floors, alone("a", "b"), quota=6, multiples={"a": 4, "b": 4})) == {
         "a": [0, 1],
         "b": [0, 1, 2, 3],
     }
-    everything = choose(scores, kept, floors, alone("a", "b"), quota=99, round_to=4)
+    everything = choose(scores, kept, floors, alone("a", "b"), quota=99, multiples={"a": 4, "b": 4})
     assert {name: len(kept[name]) - len(gone) for name, gone in everything.items()} == {"a": 4, "b": 4}
 
 

@@ -209,7 +209,7 @@ def test_floors_and_rounding_hold_in_every_choice(data: st.DataObject) -> None:
                 data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=size, max_size=size))
             )
             ranked[name] = comparable(raw[name].double(), kept[name], size, ranking)
-        gone = choose(ranked, kept, floors, count, quota=quota, round_to=round_to)
+        gone = choose(ranked, kept, floors, count, quota=quota, multiples=dict.fromkeys(names, round_to))
         assert sum(map(len, gone.values())) <= quota
         for name, indices in gone.items():
             assert kept[name][indices].all()

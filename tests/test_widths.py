@@ -1,0 +1,105 @@
+"""How many units of a group have to stay: hand-made masks are refused below that, and training stays above it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from chase_fx.errors import ArgumentError
+from chase_fx.graphs.traced import TracedModule
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Spread(nn.Module):
+    """Measures a spread over the channels of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.out(self.b(y).relu()) * y.std(-1, keepdim=True)
+
+
+class Experts(nn.Module):
+    """Multiplies rows with weights whose rows are a multiple of 16 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 32)), nn.Parameter(torch.randn(3, 16, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+        hidden = F.grouped_mm(self.a(x), self.up, offs=offsets).relu()
+        return self.out(F.grouped_mm(hidden, self.down.transpose(1, 2), offs=offsets))
+
+
+def traced(net: type[nn.Module]) -> TracedModule:
+    torch.manual_seed(0)
+    return chase_fx.trace(net(), X)
+
+
+def test_masks_that_keep_too_few() -> None:
+    """One unit has no spread; so says a mask made by hand, and a plan that was edited."""
+    module = traced(Spread)
+    channels = chase_fx.analyze(module)
+    group = next(g for g in channels.groups if g.name == "a.weight:0")
+    assert (group.least, group.multiple) == (2, 1)
+    for left in (0, 1):
+        with pytest.raises(ArgumentError, match=r"'a.weight:0' must keep at least"):
+            channels.plan_keeping({group.name: torch.arange(8) < left})
+    slim = chase_fx.rewrite(module, channels.plan_keeping({group.name: torch.arange(8) < 2}))
+    chase_fx.verify(module, slim)
+
+
+def test_masks_that_keep_no_multiple() -> None:
+    """A width that an operator does not take is refused at once, not when it runs."""
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    module = traced(Experts)
+    channels = chase_fx.analyze(module)
+    assert {g.multiple for g in channels.groups} == {4}
+    name = channels.groups[0].name
+    with pytest.raises(ArgumentError, match=r"must keep a multiple of 4 units.*keeps 6"):
+        channels.plan_keeping({name: torch.arange(channels.groups[0].size) < 6})
+
+
+@pytest.mark.parametrize("live_shrink", [False, True])
+@pytest.mark.parametrize("net", [Spread, Experts])
+def test_training_keeps_the_widths_that_rules_need(net: type[nn.Module], live_shrink: bool) -> None:
+    """Channels are removed down to what the groups need, and no further."""
+    if net is Experts and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    module = traced(net)
+    groups = {g.name: g for g in chase_fx.analyze(module).groups}
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    trainer = chase_fx.Chase(
+        module,
+        optimizer,
+        total_steps=20,
+        sparsity=0.1,
+        channel_sparsity=0.95,
+        channel_interval=2,
+        live_shrink=live_shrink,
+    )
+    for _ in range(20):
+        optimizer.zero_grad()
+        module(X).square().mean().backward()
+        optimizer.step()
+        trainer.step()
+    slim = trainer.finalize()
+    kept = slim.plan.kept_indices()
+    for name, group in groups.items():
+        tensor, _, dim = name.rpartition(":")
+        indices = kept[tensor][int(dim)]
+        left = group.size if indices is None else len(indices)
+        assert left >= group.least
+        assert left % group.multiple == 0
+        assert left < group.size
+    assert slim(X).isfinite().all()
