@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,15 @@ from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.draws import DrawnArray
+from chase_fx.graphs.gradients import Gradients
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
 from chase_fx.graphs.live import is_live, plain
 from chase_fx.graphs.opaque import Rebuild, strip
-from chase_fx.graphs.shadows import given_path, graph_path
+from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
-from chase_fx.graphs.trees import holds_tensor, tensors_in
+from chase_fx.graphs.trees import holds_tensor
 from chase_fx.graphs.walk import Modules, buffers_in, parameters_in
 
 __all__ = ["NO_DEFAULT", "Arguments"]
@@ -49,6 +49,7 @@ class Arguments:
     """The FX side of every value of one forward.
 
     Attributes:
+        gradients: which values ask for a gradient.
         constants: tensors that the forward uses without computing or registering them, by the name of their buffer.
     """
 
@@ -62,12 +63,8 @@ class Arguments:
         self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.specialised: list[str] = []  # what the forward read from data, with the line
-        self.no_grad = False
-        self._detached: dict[Node, Node] = {}
-        self._cut: set[int] = set()  # tensors that left an autograd function beside its result
-        self._trainable = {name for name, p in parameters.items() if p.requires_grad}
-        self._training = _owners(self._trainable)
         self._nodes: dict[int, Node] = {}
+        self.gradients = Gradients(graph, parameters, self._nodes)
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
         self.model: nn.Module | None = None  # of which the modules are a copy
@@ -208,9 +205,9 @@ class Arguments:
         """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""
         if isinstance(value, torch.Tensor):
             node.meta["slot"] = self.tape.slot_of(value)
-            written = self.no_grad and node.meta.get("in_place") and id(value) in self._nodes
+            written = self.gradients.off and node.meta.get("in_place") and id(value) in self._nodes
             if not written:  # a write without gradients does not cut the tensor off from its own
-                self._tie(value, self._without_grad(node) if self.no_grad else node)
+                self._tie(value, self.gradients.here(node))
         elif isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
                 if holds_tensor(item):
@@ -232,67 +229,31 @@ class Arguments:
         """The node that computes ``tensor``; a ``get_attr`` for parameters, buffers and constants."""
         node = self._nodes.get(id(tensor))
         if node is not None:
-            if id(tensor) in self._cut and _may_need_grad(node):
-                node = self.graph.call_method("detach", (node,))
-                node.meta.update(source="", grad=False, slot=self.tape.slot_of(tensor))
-                self._tie(tensor, node)
-            return self._without_grad(node) if self.no_grad else node
+            outside = self.gradients.outside(tensor, node, self.tape.slot_of(tensor))
+            if outside is not node:
+                self._tie(tensor, outside)
+            return self.gradients.here(outside)
         name = self._state.get(id(tensor)) or self._name_in_model(tensor)
         if name is None and self._made_here(tensor):
             node = self._hidden(tensor)
             self._tie(tensor, node)
-            return self._without_grad(node) if self.no_grad else node
+            return self.gradients.here(node)
         if name is None:
             name = self._constant(tensor)
         # FX wants targets that exist on the owning module; they do by the time a GraphModule is made.
         node = self.graph.create_node("get_attr", graph_path(name), (), {})
         node.meta["slot"] = self.tape.slot_of(tensor)
         node.meta["source"] = ""
-        node.meta["grad"] = name in self._trainable
+        node.meta["grad"] = name in self.gradients.trainable
         self._tie(tensor, node)
-        return self._without_grad(node) if self.no_grad else node
-
-    @contextmanager
-    def inside_function(self) -> Iterator[Callable[[Any], Any]]:
-        """The forward of an autograd function runs inside the block; its result is passed through what this yields.
-
-        Whatever else leaves the function (states of a cache) has no gradient, for the forward runs without.
-        """
-        before, result = dict(self._nodes), set[int]()
-
-        def result_of(out: Any) -> Any:
-            result.update(map(id, tensors_in(out)))
-            return out
-
-        yield result_of
-        made = {k for k, node in self._nodes.items() if before.get(k) is not node and node.op != "get_attr"}
-        self._cut |= made - result
-
-    def enter_grad_mode(self, *, enabled: bool) -> None:
-        """From here on the forward runs with gradients enabled or disabled."""
-        self.no_grad = not enabled
-        self._detached = {}
-
-    def trains(self, module: str) -> bool:
-        """Whether a parameter of the module asks for a gradient."""
-        return module in self._training
+        return self.gradients.here(node)
 
     def requires_grad(self, tensor: torch.Tensor) -> bool:
         """What ``tensor.requires_grad`` is outside of the capture, which runs without gradients."""
         node = self._nodes.get(id(tensor))
         if node is None:
-            return self._state.get(id(tensor)) in self._trainable
-        return _needs_grad(node, self._trainable)
-
-    def _without_grad(self, node: Node) -> Node:
-        """What enters a ``no_grad`` region is detached, so nothing in the region needs to know of it."""
-        if not _may_need_grad(node):
-            return node
-        if node not in self._detached:
-            alias = self.graph.call_method("detach", (node,))
-            alias.meta.update(source="", grad=False, slot=node.meta.get("slot"))
-            self._detached[node] = alias
-        return self._detached[node]
+            return self._state.get(id(tensor)) in self.gradients.trainable
+        return self.gradients.needed(node)
 
     def _made_here(self, tensor: torch.Tensor) -> bool:
         """Whether the forward computed ``tensor``, as it did not a literal that it turned into a tensor."""
@@ -401,32 +362,3 @@ class Arguments:
                 self.bind_input(item, self.call(getattr, (node, f.name), plain=True), f"{path}.{f.name}", guard)
         elif value is None or isinstance(value, (bool, int, float, str)):
             self.call(guard, (node, value, path), plain=True)
-
-
-def _needs_grad(node: Node, trainable: set[str]) -> bool:
-    """Whether ``node`` depends on a parameter that is trained; inputs ask for no gradient."""
-    if node.meta.get("trained") is None:
-        if node.op == "get_attr":
-            found = given_path(str(node.target)) in trainable
-        else:
-            found = node.meta.get("grad") is not False and any(_needs_grad(n, trainable) for n in node.all_input_nodes)
-        node.meta["trained"] = found
-    return bool(node.meta["trained"])
-
-
-def _owners(names: Iterable[str]) -> set[str]:
-    """Every module that one of the named tensors lies in."""
-    found: set[str] = set()
-    for name in names:
-        owner = name.rpartition(".")[0]
-        while owner and owner not in found:
-            found.add(owner)
-            owner = owner.rpartition(".")[0]
-    return found
-
-
-def _may_need_grad(node: Node) -> bool:
-    """Whether a gradient could flow through ``node``: it depends on a parameter or on an input of floats."""
-    if "grad" not in node.meta:
-        node.meta["grad"] = any(_may_need_grad(n) for n in node.all_input_nodes)
-    return bool(node.meta["grad"])

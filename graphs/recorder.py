@@ -242,7 +242,7 @@ class Recorder(Drawing):
         node.meta["by_mode"] = by_mode  # in train mode it may draw
         if next(module.parameters(), None) is not None:
             node.meta["grad"] = True
-            node.meta["trained"] = self.arguments.trains(name) or None
+            node.meta["trained"] = self.arguments.gradients.trains(name) or None
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     # -- functions ----------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Recorder(Drawing):
             return self._write_property(func, args)
         if name == "_set_grad_enabled":
             if not self._inlined:
-                self.arguments.enter_grad_mode(enabled=bool(args[0]))
+                self.arguments.gradients.enter_mode(enabled=bool(args[0]))
             return func(*args, **kwargs)
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)
@@ -336,7 +336,7 @@ class Recorder(Drawing):
             inlined, self._inlined = self._inlined, True
             start = len(self.tape.ops)
             try:
-                with self.arguments.inside_function() as result_of:
+                with self.arguments.gradients.inside_function() as result_of:
                     out = result_of(run(*args, **kwargs))
             finally:
                 self._inlined = inlined

@@ -121,7 +121,7 @@ class Recording(TorchFunctionMode):
         node.meta["tape"] = (start, len(self.tape.ops))
         if any(map(draws, self.tape.ops[start:])):
             node.meta["draws"] = True
-        if self.arguments.no_grad and node.op != "call_module":
+        if self.arguments.gradients.off and node.op != "call_module":
             node.meta["grad"] = False
         self.arguments.bind(out, node)
         return out
