@@ -176,10 +176,12 @@ class TapeMode(TorchDispatchMode):
         op = TapedOp(func, taped_args, taped_kwargs, ())
         dependence: tuple[set[int], ...] = ()
         try:
-            if self.standins is None:
-                out = func(*args, **kwargs)
-            else:
-                out, dependence = self.standins.run(op, args, kwargs)
+            # Where C code calls an operator (at the end of a vmap) modes of the torch API are on, and would see this.
+            with torch._C.DisableTorchFunction():
+                if self.standins is None:
+                    out = func(*args, **kwargs)
+                else:
+                    out, dependence = self.standins.run(op, args, kwargs)
         except ZeroDivisionError:
             # torch's fake batch norm divides by n - 1 for the running variance, also where n is 1.
             if func is not torch.ops.aten.native_batch_norm.default:

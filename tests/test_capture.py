@@ -431,6 +431,30 @@ def test_what_the_torch_api_does_not_show_is_written_as_aten_calls() -> None:
         assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT
 
 
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+def test_a_dim_that_the_function_of_a_vmap_does_not_use() -> None:
+    """It is added where the last vmap ends, by views that the torch API does not show either."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            allowed = x.sum(-1) > 0
+            mask: Any = lambda sample, _head, place: allowed[sample, place]  # noqa: E731
+            for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
+                mask = torch.vmap(mask, in_dims=dims)
+            found = mask(torch.arange(x.shape[0]), torch.arange(1), torch.arange(x.shape[1]))
+            return self.last((self.first(x) * found[:, 0, :, None]).relu())
+
+    model = Masked()
+    traced = chase_fx.trace(model, torch.randn(2, 4, 5))
+    for batch, places in ((2, 4), (3, 4), (2, 6), (1, 4)):
+        x = torch.randn(batch, places, 5)
+        assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_is_that_of_the_model(training: bool) -> None:
     """A feature extractor, whose copies come in train mode, is captured and given back in its own mode."""
