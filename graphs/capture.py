@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
 from chase_fx.errors import CaptureError, ChaseError
+from chase_fx.graphs.ambient import add_regions, asks, inside_region
 from chase_fx.graphs.autocast import casts
 from chase_fx.graphs.composition import check_combinations, compose
 from chase_fx.graphs.deadcode import remove_dead_nodes
@@ -194,7 +195,7 @@ def _followers(
             there = replace(inputs, bound=bound, args=args, kwargs=kwargs, device=home)
             try:
                 with device or nullcontext():
-                    found = (_record_train if training else _record)(root, there, _Way(training=training))[0]
+                    found = (_record_train if training else _record_eval)(root, there, _Way(training=training))[0]
             except CaptureError:
                 continue
         return compare(graph, found, *precision)
@@ -258,6 +259,7 @@ class _Way:
         dead: places that unrolled loops leave out.
         values: contractions are computed, however large.
         outcomes: how random draws are to decide.
+        ambient: inside a region of autocast.
     """
 
     training: bool
@@ -267,6 +269,7 @@ class _Way:
     dead: frozenset[Place] = frozenset()
     values: bool = False
     outcomes: Outcomes = field(default_factory=Outcomes)
+    ambient: bool = False
 
 
 def _copy(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
@@ -291,7 +294,9 @@ def _record_eval(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
             a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(want, have, strict=True)
         )
         if not close:
-            return _record(model, inputs, replace(way, unroll=False))
+            way = replace(way, unroll=False)
+            found = _record(model, inputs, way)
+    _add_regions(model, inputs, way, found)
     return found
 
 
@@ -299,6 +304,7 @@ def _record_train(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, 
     """The capture in train mode; where random draws decide which code runs, both ways are in it."""
     graph, found, recorder = _record(model, inputs, way)
     if not recorder.decisions:
+        _add_regions(model, inputs, way, (graph, found, recorder))
         return graph, found, recorder
     usual, way = recorder.outcomes.usual, replace(way, values=recorder.standins is None, may_hash=recorder.may_hash)
 
@@ -323,6 +329,13 @@ def _record_train(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, 
     remove_dead_nodes(graph, recorder.root)
     nodes = frozenset(node.name for node in graph.nodes)
     return graph, replace(found, outputs=outputs, nodes=nodes), recorder
+
+
+def _add_regions(model: nn.Module, inputs: _Inputs, way: _Way, found: tuple[Graph, Capture, Recorder]) -> None:
+    """Regions that the forward enters only inside another one; where it can't run there, no call has any."""
+    if asks(found[2].code):
+        with suppress(CaptureError):
+            add_regions(found[0], _record(model, inputs, replace(way, ambient=True))[0])
 
 
 def _record(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, Capture, Recorder]:
@@ -365,7 +378,7 @@ def _record_once(model: nn.Module, inputs: _Inputs, way: _Way) -> tuple[Graph, C
         with restored_generators() as state, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             recorder.watch_generators(state)
-            with recorder.running():
+            with inside_region(device) if way.ambient else nullcontext(), recorder.running():
                 out = root(*args, **kwargs)  # with the hooks that it has
             recorder.check_generators()
             recorder.finish(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,17 @@ def custom(self: Net, x: Tensor) -> Tensor:
         return self.c(self.b(y))
 
 
+def asking(self: Net, x: Tensor) -> Tensor:
+    """Turned off only where it is on, as transformers' position embeddings do."""
+    y = self.a(x)
+    off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    with off:
+        y = y.float() @ self.b.weight.float()
+    return self.c(y.to(x.dtype) * self.b(y.to(x.dtype)).softmax(-1).to(x.dtype))
+
+
 FORWARDS: list[Forward] = [
-    plain, disabled, nested, by_default, uncached, again, left_by_an_error, decorated, by_mode, custom
+    plain, disabled, nested, by_default, uncached, again, left_by_an_error, decorated, by_mode, custom, asking
 ]  # fmt: skip
 
 
@@ -255,10 +265,26 @@ def test_types_inside_a_region_do_not_follow_the_model() -> None:
             z = x.sum().to(y.dtype) + y
         return self.c(z.to(x.dtype))
 
-    model = Net(typed).eval()
-    traced = chase_fx.trace(model, X).to(BF16)
-    model.to(BF16)
-    assert torch.equal(traced(X.to(BF16)), model(X.to(BF16)))
+    for run in (typed, asking):
+        model = Net(run).eval()
+        traced = chase_fx.trace(model, X).to(BF16)
+        model.to(BF16)
+        assert torch.equal(traced(X.to(BF16)), model(X.to(BF16)))
+
+
+def test_another_way_inside_a_region_is_not_followed() -> None:
+    """What else the forward does where casting is on is not in the graph, which stays as it is without."""
+
+    def other(self: Net, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                y = y.float() * 2
+        return self.c(y)
+
+    traced = chase_fx.trace(Net(other).eval(), X)
+    assert "enter_" not in traced.code
+    same(Net(other).eval(), traced)
 
 
 def test_a_device_that_is_named_stays() -> None:
