@@ -1,6 +1,7 @@
 """The ways to a small network that are compared: each gets a seed and a cost, and the same number of epochs.
 
-All start from a ResNet-20 with random weights and end with a slim module. The cost is the number of multiplications and
+All start from a ResNet-20 with random weights and end with a slim module. A rival is told whose cost it must have
+(``like``). The cost is the number of multiplications and
 additions of one forward, and it is measured: where a rival cannot have exactly the FLOPs of Chase, it has the next
 higher number.
 """
@@ -26,7 +27,7 @@ from chase_fx.graphs.magnitude import Magnitude
 from chase_fx.graphs.traced import TracedModule
 from chase_fx.models import resnet20
 
-__all__ = ["EXAMPLE", "Contest", "dense", "fine_tuned", "random_channels", "sparse_method", "uniform"]
+__all__ = ["EXAMPLE", "Contest", "dense", "fine_tuned", "random_channels", "same_widths", "sparse_method", "uniform"]
 
 EXAMPLE = torch.zeros(2, 1, 28, 28)
 _QUIET = Console(quiet=True)
@@ -97,31 +98,42 @@ def sparse_method(
     return slim
 
 
-def uniform(contest: Contest, flops: int) -> TracedModule:
+def uniform(contest: Contest, like: TracedModule) -> TracedModule:
     """(a) Narrow from the start, the same share of every width, with the initial weights of such a network."""
     model = contest.network()
-    slim = _narrow(model, flops, _at_random(contest))
+    slim = _narrow(model, like, _at_random(contest))
+    _from_scratch(contest, slim)
+    return slim
+
+
+def same_widths(contest: Contest, like: TracedModule) -> TracedModule:
+    """(d) The widths that ``like`` came to, from scratch: what training wide and choosing channels adds to them."""
+    torch.manual_seed(contest.seed)
+    _from_scratch(contest, like)
+    return like
+
+
+def random_channels(contest: Contest, like: TracedModule) -> TracedModule:
+    """(b) The same widths, and the initial weights of channels of the dense network that are drawn at random."""
+    slim = _narrow(contest.network(), like, _at_random(contest))
+    contest.train(slim)
+    return slim
+
+
+def fine_tuned(contest: Contest, like: TracedModule, share: float = 0.5, max_lr: float = 0.1) -> TracedModule:
+    """(c) Dense for a share of the steps, pruned by magnitude to the same widths, fine-tuned for the rest."""
+    model = contest.network()
+    contest.train(model, share=share)
+    slim = _narrow(model, like, Magnitude(chase_fx.analyze(model)))
+    contest.train(slim, share=1 - share, max_lr=max_lr)
+    return slim
+
+
+def _from_scratch(contest: Contest, slim: TracedModule) -> None:
     for part in slim.modules():
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
     contest.train(slim)
-    return slim
-
-
-def random_channels(contest: Contest, flops: int) -> TracedModule:
-    """(b) The same widths, and the initial weights of channels of the dense network that are drawn at random."""
-    slim = _narrow(contest.network(), flops, _at_random(contest))
-    contest.train(slim)
-    return slim
-
-
-def fine_tuned(contest: Contest, flops: int, share: float = 0.5, max_lr: float = 0.1) -> TracedModule:
-    """(c) Dense for a share of the steps, pruned by magnitude to the same widths, fine-tuned for the rest."""
-    model = contest.network()
-    contest.train(model, share=share)
-    slim = _narrow(model, flops, Magnitude(chase_fx.analyze(model)))
-    contest.train(slim, share=1 - share, max_lr=max_lr)
-    return slim
 
 
 @torch.no_grad()
@@ -136,9 +148,9 @@ def _at_random(contest: Contest) -> Callable[[Group], Tensor]:
     return lambda group: torch.rand(group.size, generator=generator)
 
 
-def _narrow(model: TracedModule, flops: int, score: Callable[[Group], Tensor]) -> TracedModule:
-    """Without its lowest units, an even share of every group: with the fewest FLOPs that are not below ``flops``."""
-    channels = chase_fx.analyze(model)
+def _narrow(model: TracedModule, like: TracedModule, score: Callable[[Group], Tensor]) -> TracedModule:
+    """Without its lowest units, an even share of every group: with the fewest FLOPs that are not below ``like``'s."""
+    channels, flops = chase_fx.analyze(model), count_flops(like.eval(), EXAMPLE[:1])
     # In the order in which they go; the last unit of a group never does.
     units = sorted(
         ((rank + 1) / group.size, group.name, int(unit))

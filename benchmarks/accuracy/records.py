@@ -46,15 +46,15 @@ class Folder:
 
     def module(self, run: Run) -> TracedModule:
         """The trained module, in eval mode."""
-        return chase_fx.load(self.path / f"{run.name}.safetensors", resnet20()).eval()
+        return self._load(run.name).eval()
 
     def train(self, run: Run, data: Dataset) -> dict[str, Any]:
         """Train ``run``, write its module and then its record."""
         steps = round(self.epochs * len(data.train) / BATCH)
         contest = Contest(data.train, steps, run.seed)
-        flops = None if run.cost_of is None else json.loads((self.path / f"{run.cost_of}.json").read_text())["flops"]
+        like = None if run.cost_of is None else self._load(run.cost_of)
         cpu, wall = time.process_time(), time.perf_counter()
-        model = run.train(contest, flops)
+        model = run.train(contest, like)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         record = {
             **dataclasses.asdict(run),
@@ -74,6 +74,9 @@ class Folder:
         chase_fx.save(model, self.path / f"{run.name}.safetensors")
         (self.path / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return record
+
+    def _load(self, name: str) -> TracedModule:
+        return chase_fx.load(self.path / f"{name}.safetensors", resnet20())
 
     def _setting(self, run: Run) -> str:
         return json.dumps([self.epochs, dataclasses.asdict(run)], sort_keys=True)

@@ -142,8 +142,12 @@ class ChannelState:
         kept = {units.group.name: self.kept[units.group.name][units.ids] for units in ranked}
         scores = {
             units.group.name: comparable(
-                self._score(units, weights), kept[units.group.name], units.first, self.rule.ranking
-            )
+                self._score(units, weights),
+                kept[units.group.name],
+                units.first,
+                self.rule.ranking,
+                sum(part.producer for part in units.slices) or 1,
+            )  # fmt: skip
             for units in ranked
         }
         gone = choose(scores, kept, self.floors, self.count, quota=quota, multiples=self.multiples)

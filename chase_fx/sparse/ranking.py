@@ -24,27 +24,32 @@ from chase_fx.sparse.structure import GroupLike
 
 __all__ = ["RANKINGS", "ChannelCount", "Ranking", "choose", "comparable"]
 
-Ranking = Literal["global", "normalised", "group"]
+Ranking = Literal["global", "normalised", "group", "coupled"]
 """How scores of different groups compare; see :func:`comparable`."""
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
 
-def comparable(scores: Tensor, kept: Tensor, first: int, ranking: Ranking) -> Tensor:
+def comparable(scores: Tensor, kept: Tensor, first: int, ranking: Ranking, producers: int = 1) -> Tensor:
     """Scores of one group in a form that ranks it against the others.
 
     ``"global"``: as they are. ``"normalised"``: over the mean of the units left, so that a group of small weights does
     not lose everything. ``"group"``: the share of the group that is gone once the unit and all below it are, so that
-    every group loses the same share, lowest scores first.
+    every group loses the same share, lowest scores first. ``"coupled"``: as that, but a group that k layers write to
+    (a residual stream) keeps the share ``r ** (1 / sqrt(k))`` where one of a single layer keeps ``r``: all that its
+    layers hand on has to fit into it, while what goes inside a block is missing in that block alone.
 
     Args:
         scores: Tensor (size,), float64.
         kept: BoolTensor (size,), the units left.
         first: units of the group when training began.
         ranking: one of the above.
+        producers: how many weights produce the group's units.
 
     >>> scores, kept = torch.tensor([4.0, 1.0, 3.0]), torch.tensor([True, True, True])
     >>> comparable(scores, kept, 4, "normalised").tolist(), comparable(scores, kept, 4, "group").tolist()
     ([1.5, 0.375, 1.125], [1.0, 0.5, 0.75])
+    >>> comparable(scores, kept, 4, "coupled", producers=4).tolist()
+    [1.0, 0.75, 0.9375]
     """
     if ranking == "global":
         return scores
@@ -55,7 +60,7 @@ def comparable(scores: Tensor, kept: Tensor, first: int, ranking: Ranking) -> Te
     order = left[torch.sort(torch.where(scores.isnan(), -math.inf, scores)[left], stable=True).indices]
     gone = torch.zeros_like(scores)
     gone[order] = (torch.arange(1, len(left) + 1, dtype=scores.dtype) + (first - len(left))) / first
-    return gone
+    return gone if ranking == "group" else 1 - (1 - gone) ** math.sqrt(producers)
 
 
 @dataclass(frozen=True)

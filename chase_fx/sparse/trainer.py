@@ -68,7 +68,7 @@ class SparseTrainer:
         channel_cost: "parameters" or "flops" ranks by score per parameter or multiplication saved; or a function, see
             :mod:`chase_fx.sparse.unit_cost`.
         channel_ranking: "global" compares the scores of all groups, "normalised" relative to their group's mean,
-            "group" takes the same share of each group.
+            "group" takes the same share of each group, "coupled" less of a group that several layers write to.
         round_to: groups keep multiples of this many units where they start with one.
         live_shrink: cut removed channels off during training, not only at the end.
         refill: share of the empty places in the kept channels that is filled up again once the channel set is final.

@@ -71,6 +71,16 @@ class Units:
         """Output axes of contraction weights; all axes where a group has none (an embedding feeding a norm)."""
         return [part for part in self.slices if part.producer] or self.slices
 
+    @property
+    def readers(self) -> Sequence[Slices]:
+        """Axes of contraction weights along which the unit's channels are read; the producers where nothing reads.
+
+        A depthwise filter hands a channel on to who reads it next, and counts only where nobody does.
+        """
+        inside = [part for part in self.slices if not part.producer and part.parameter.dim() > 1]
+        contracting = [part for part in inside if part.dim != 0 or part.parameter.shape[1] != 1]
+        return contracting or inside or self.producers
+
 
 UnitScore = Callable[[Units, Alive], Tensor]
 
@@ -100,10 +110,15 @@ def magnitude(units: Units, alive: Alive) -> Tensor:
 
 
 def taylor(units: Units, alive: Alive) -> Tensor:
-    """``|sum of w * dL/dw|`` over the producers: the first-order change of the loss (arXiv 1906.10771)."""
+    """``|sum of w * dL/dw|`` over the weights that read the unit: the first-order change of the loss.
+
+    That sum is ``sum of x * dL/dx`` over the unit's channels ``x`` as they are read, what a gate of Molchanov et al.
+    (arXiv 1906.10771) measures. The filters that produce the channels can't tell: behind a norm the loss does not
+    depend on their scale, so that ``w * dL/dw`` sums up to zero.
+    """
     del alive
     total = torch.zeros(units.group.size, dtype=torch.float64)
-    for part in units.producers:
+    for part in units.readers:
         if part.parameter.grad is not None:
             total += part.per_unit(_finite(part.parameter.detach() * dense(part.parameter.grad)))
     return total.abs()

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import chase_fx
 from chase_fx.errors import ArgumentError
 from chase_fx.sparse import Chase, RigL, Static
 from chase_fx.sparse.channels import floor_of
-from chase_fx.sparse.ranking import ChannelCount, choose, comparable
+from chase_fx.sparse.ranking import RANKINGS, ChannelCount, choose, comparable
 from tests.sparse.hand_net import Channels, Group, Member, ResidualNet, Shrinker, channels_of, one_to_one, rewrite
 
 SCORES = ["umm", "magnitude", "taylor", "bn_scale", "gradient_flow", "activation", "random"]
@@ -171,6 +172,9 @@ def test_ranking_tables() -> None:
     assert comparable(values, kept, 8, "normalised").tolist() == pytest.approx([1.5, 0.375, 0.75, 1.125])
     # 5 of 8 are gone already: the lowest of the three left makes it 6/8.
     assert comparable(values, kept, 8, "group").tolist() == [1.0, 0.75, 0.0, 0.875]
+    assert comparable(values, kept, 8, "coupled").tolist() == [1.0, 0.75, 0.0, 0.875]
+    # Keeping 2/8 and 1/8 of a group that nine layers produce goes with keeping (2/8)^3 and (1/8)^3 inside a block.
+    assert comparable(values, kept, 8, "coupled", 9).tolist() == [1.0, 1 - 1 / 64, 0.0, 1 - 1 / 512]
 
 
 def test_group_ranking_takes_the_same_share_of_each_group() -> None:
@@ -189,13 +193,27 @@ def test_group_ranking_takes_the_same_share_of_each_group() -> None:
     assert dict(trainer.channels_left) == {"stem.weight:0": 4, "conv1.weight:0": 12}
 
 
+def test_coupled_ranking_keeps_more_of_what_more_layers_produce() -> None:
+    net = ResidualNet(channels=100, middle=100)  # two convolutions produce the stream, one the inside of the block
+    trainer = Static(
+        net, torch.optim.SGD(net.parameters(), lr=0.0), total_steps=8, channel_sparsity=0.7, channels=channels_of(net),
+        channel_ranking="coupled", beta=0.0, channel_interval=1,
+    )  # fmt: skip
+    for _ in range(8):
+        net(torch.randn(2, 3, 5, 5)).sum().backward()
+        trainer.step()
+    stream, inside = trainer.channels_left["stem.weight:0"], trainer.channels_left["conv1.weight:0"]
+    assert stream + inside == 60
+    assert stream / 100 == pytest.approx((inside / 100) ** (1 / math.sqrt(2)), abs=0.01)
+
+
 @given(st.data())
 @settings(deadline=None)
 def test_floors_and_rounding_hold_in_every_choice(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(2, 20), min_size=1, max_size=4))
     round_to, ranking = (
         data.draw(st.sampled_from([1, 2, 4, 8])),
-        data.draw(st.sampled_from(["global", "normalised", "group"])),
+        data.draw(st.sampled_from(RANKINGS)),
     )
     names = [f"g{i}" for i in range(len(sizes))]
     floors = {name: data.draw(st.integers(1, size)) for name, size in zip(names, sizes, strict=True)}
@@ -221,7 +239,7 @@ def test_floors_and_rounding_hold_in_every_choice(data: st.DataObject) -> None:
             assert rest.numel() == 0 or raw[name][indices].max() <= rest.min()  # the lowest of each group go
 
 
-@pytest.mark.parametrize("ranking", ["global", "normalised", "group"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("cost", [None, "parameters", "flops"])
 @pytest.mark.parametrize("score", SCORES)
 def test_floors_and_rounding_hold_at_every_event_with_and_without_live_shrink(run, score, cost, ranking) -> None:
@@ -291,3 +309,38 @@ def test_hooks_are_gone_after_finalize_and_silent_in_copies(run) -> None:
     assert not done.trainer._watch.inputs
     done.step(5).trainer.finalize()
     assert not any(module._forward_hooks for module in done.net.modules())
+
+
+class Gated(nn.Module):
+    """A residual net with norms whose stream is multiplied by a gate wherever it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.gate = torch.ones(4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.stem(x)).relu()
+        x = x + self.norms[1](self.conv(x * self.gate[:, None, None]))
+        return self.fc((x * self.gate[:, None, None]).mean((2, 3)))
+
+
+def test_taylor_is_the_derivative_by_a_gate_also_behind_norms() -> None:
+    torch.manual_seed(0)
+    net, images = Gated().double(), torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    for norm in net.norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    traced = chase_fx.trace(net, images)
+    trainer = Static(
+        traced, torch.optim.SGD(traced.parameters(), lr=0.0), total_steps=10, sparsity=0.0, channel_sparsity=0.5,
+        channel_score="taylor",
+    )  # fmt: skip
+    torch.nn.functional.cross_entropy(traced(images), torch.arange(8) % 2).backward()
+    net.gate.requires_grad_()
+    torch.nn.functional.cross_entropy(net(images), torch.arange(8) % 2).backward()
+    [group] = trainer._channels.units
+    assert len(group.producers) == 2
+    assert torch.allclose(scores(trainer), net.gate.grad.abs(), rtol=1e-9)
+    behind_norms = sum(part.per_unit(part.parameter.detach() * part.parameter.grad) for part in group.producers)
+    assert float(behind_norms.abs().max()) < 1e-3 * float(scores(trainer).min())  # the epsilon of the norm
