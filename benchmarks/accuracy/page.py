@@ -185,8 +185,8 @@ def _variants(records: Records, sparsity: float) -> str:
     chosen = [r for r in _of(records, "Chase + refill", sparsity) if r["seed"] == 0]
     rows = [
         f"## Variants tried at {sparsity:.0%}\n",
-        "The options of Chase + refill were chosen by images held out. One seed: differences below 0.4 points of accuracy",
-        "and 0.01 of the loss are noise.",
+        "The options of Chase + refill were chosen by images held out. One seed: differences below 0.4 points of",
+        "accuracy and 0.01 of the loss are noise.",
         "Variants differ from it as their names say; `uniform` is trained from scratch, with its FLOPs.\n",
         "| variant | FLOPs | held-out accuracy | held-out loss | accuracy of uniform | loss of uniform |",
         "|---|---|---|---|---|---|",

@@ -147,7 +147,7 @@ class ChannelState:
                 units.first,
                 self.rule.ranking,
                 sum(part.producer for part in units.slices) or 1,
-            )  # fmt: skip
+            )
             for units in ranked
         }
         gone = choose(scores, kept, self.floors, self.count, quota=quota, multiples=self.multiples)
