@@ -1,26 +1,52 @@
-"""Parts of a graph that run or are left out as a random draw decides.
+"""Parts of a graph that run or are left out as a random draw or data decide.
 
-A graph stays one flat list of nodes, so that every pass reads it as ever: ``begin``, the nodes of one way,
-``otherwise``, those of the other way, ``join``; then a ``choose`` for each value that is one thing after the one way
-and another after the other. Only the code that is generated knows that the two parts are alternatives.
+A graph stays one flat list of nodes, so that every pass reads it as ever: ``begin`` or ``follow``, the nodes of one
+way, ``otherwise``, those of the other way, ``join``; then a ``choose`` for each value that is one thing after the one
+way and another after the other. Only the code that is generated knows that the two parts are alternatives.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.graph import PythonCode
 from torch.fx.node import has_side_effect
 
-__all__ = ["BRANCHES", "begin", "choose", "join", "otherwise", "python_code", "result"]
+from chase_fx.graphs.guards import check_data
+
+__all__ = [
+    "BEGINNINGS",
+    "BRANCHES",
+    "begin",
+    "choose",
+    "follow",
+    "join",
+    "nested_code",
+    "otherwise",
+    "python_code",
+    "result",
+]
 
 
 def begin(condition: Any, expected: bool) -> bool:
     """Whether the nodes up to ``otherwise`` run: those of the way on which ``condition`` has the expected truth."""
     return bool(condition) is expected
+
+
+def follow(condition: torch.Tensor, expected: bool, found: bool, where: str) -> bool:
+    """:func:`begin` of data.
+
+    A compiled graph can't wait for them: it goes the way of the capture, and asserts that this is theirs.
+    """
+    if torch.compiler.is_compiling() or condition.is_meta:
+        check_data(condition, found, where)
+        return found is expected
+    return bool(condition.item()) is expected
 
 
 def otherwise(taken: bool) -> bool:
@@ -44,17 +70,25 @@ def result(value: Any) -> Any:
 
 
 # Kept although nobody reads their value: where they stand is what they mean.
-BRANCHES: frozenset[Any] = frozenset({has_side_effect(begin), has_side_effect(otherwise), has_side_effect(join)})
+BEGINNINGS: frozenset[Any] = frozenset({has_side_effect(begin), has_side_effect(follow)})
+BRANCHES: frozenset[Any] = BEGINNINGS | {has_side_effect(otherwise), has_side_effect(join)}
 _INDENT = "    "
 
 
 def python_code(graph: Graph) -> PythonCode:
     """The code of a graph, in which only one of two ways runs."""
+    with nested_code(graph):
+        return graph.python_code(root_module="self")
+
+
+@contextmanager
+def nested_code(graph: Graph) -> Iterator[None]:
+    """Code that is generated inside the block runs only one of two ways."""
     codegen: Any = graph._codegen
     before = codegen._body_transformer
     codegen._body_transformer = _nested(graph)
     try:
-        return graph.python_code(root_module="self")
+        yield
     finally:
         codegen._body_transformer = before
 
@@ -73,10 +107,10 @@ def _nested(graph: Graph) -> Callable[[list[str]], list[str]]:
             if marker in (otherwise, join):
                 depth -= 1
             indent = _INDENT * depth
-            if marker is None or marker is begin:
+            if marker is None or marker in BEGINNINGS:
                 lines.append(indent + line if line else line)
-            if marker in (begin, otherwise):
-                lines.append(f"{indent}if {name}:" if marker is begin else f"{indent}else:")
+            if marker is not None and marker is not join:
+                lines.append(f"{indent}else:" if marker is otherwise else f"{indent}if {name}:")
                 lines.append(f"{indent}{_INDENT}pass")
                 lines += [f"{indent}{_INDENT}{value} = None" for value in undefined.get(name, ())]
                 depth += 1
@@ -92,7 +126,7 @@ def _undefined(graph: Graph) -> dict[str, list[str]]:
     for node in graph.nodes:
         if node.target in (otherwise, join):
             around.pop()
-        if node.target in (begin, otherwise):
+        if node.target is otherwise or node.target in BEGINNINGS:
             around.append(node.name)
         blocks[node.name] = tuple(around)
     found: dict[str, list[str]] = {}

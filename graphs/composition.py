@@ -1,4 +1,4 @@
-"""One graph of a forward whose ways random draws decide, put together from the runs that :mod:`.ways` compared.
+"""One graph of a forward whose ways random draws or data decide, put together from the runs that :mod:`.ways` compared.
 
 A value that is one thing after the one way and another after the other is bound to the ``choose`` that tells which.
 Whatever reads it later, in whichever run, reads that.
@@ -6,14 +6,15 @@ Whatever reads it later, in whichever run, reads that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from chase_fx.graphs.branches import begin, choose, join, otherwise, result
+from chase_fx.graphs.branches import begin, choose, follow, join, otherwise, result
+from chase_fx.graphs.guards import check_data
 from chase_fx.graphs.runs import (
     Expression,
     OtherStructureError,
@@ -31,7 +32,7 @@ from chase_fx.graphs.tape import Slot, Tape, TapedOp
 from chase_fx.graphs.traced import OutputLeaf
 from chase_fx.graphs.ways import Branch, Capture, Decided, patterns
 
-__all__ = ["check_combinations", "compose"]
+__all__ = ["check_combinations", "compose", "unname_result"]
 
 _MEASURES = frozenset(
     {"size", "stride", "numel", "dim"}
@@ -122,8 +123,9 @@ class _Walk:
 class _Composer(_Walk):
     """Writes the graph and the tape."""
 
-    def __init__(self, given: Decided, pool: Pool) -> None:
+    def __init__(self, given: Decided, pool: Pool, by_themselves: Mapping[Step, bool]) -> None:
         super().__init__(given)
+        self.by_themselves = by_themselves
         self.graph = Graph()
         self.tape = pool.tape
         self.ops: list[TapedOp] = []
@@ -159,8 +161,13 @@ class _Composer(_Walk):
         return self._node(value.node, value.target, args, value.slot, scope)
 
     def branch(self, branch: Branch, step: Step, scope: _Scope) -> None:
-        condition = self.value(step.args[0][0], scope)
-        taken = self._call(begin, (condition, step.node.args[1]), step)
+        if not branch.handed and branch.stop == branch.other_stop == branch.start + 1:
+            return  # it decides nothing
+        condition, usual = self.value(step.args[0][0], scope), step.node.args[1]
+        if step.node.target is check_data:
+            taken = self._call(follow, (condition, usual, self.by_themselves.get(step, usual), step.node.args[2]), step)
+        else:
+            taken = self._call(begin, (condition, usual), step)
         first = _Scope(scope)
         self.block(branch.run, branch.start + 1, branch.stop, first)
         firsts = [self.value(x, first) for x, _ in branch.handed]
@@ -187,7 +194,9 @@ class _Composer(_Walk):
         if isinstance(y, (Step, Expression)) and y.slot is not None:
             one, two = slot, second.slot(y.slot)
             if (one.shape, one.dtype) != (two.shape, two.dtype):
-                raise OtherStructureError(f"a tensor has another shape or type after the draw at {node.meta['source']}")
+                raise OtherStructureError(
+                    f"a tensor has another shape or type after the decision at {node.meta['source']}"
+                )
             if one is not two:
                 flag = self._slot(Slot(0, (), torch.bool))
                 slot = self._slot(Slot(0, one.shape, one.dtype, stride=one.stride))
@@ -223,29 +232,58 @@ class _Composer(_Walk):
         return TapedOp(op.op, args, kwargs, outs, node.name, op.source, op.call, operands, whole=op.whole, sizes=sizes)
 
 
-def compose(given: Decided, pool: Pool) -> tuple[Graph, tuple[OutputLeaf, ...]]:
+def compose(given: Decided, pool: Pool, found: Sequence[bool]) -> tuple[Graph, tuple[OutputLeaf, ...]]:
     """The graph, and the tensors of its result; its calls replace those of the pool's tape.
+
+    Args:
+        given: the forward and its branches.
+        pool: of its runs.
+        found: how the branches' decisions went by themselves.
 
     Raises:
         OtherStructureError: the parts don't fit together.
     """
-    composer, scope = _Composer(given, pool), _Scope()
+    composer, scope = _Composer(given, pool, dict(_by_themselves(given, found))), _Scope()
     composer.block(given.usual, 0, len(given.usual.steps), scope)
     pool.tape.ops = composer.ops
-    _unname_result(composer.graph)
+    unname_result(composer.graph)
     made = {slot.index for op in composer.ops for slot in op.outs}
     leaves = [(leaf.path, scope.slot(leaf.slot)) for leaf in given.usual.outputs]
     for branch in given.branches.values():  # a result may hold other tensors after the other way
-        found = [(leaf.path, scope.slot(branch.other.slot(leaf.slot))) for leaf in branch.other.outputs]
-        leaves += [(path, slot) for path, slot in found if slot.index in made]
+        others = [(leaf.path, scope.slot(branch.other.slot(leaf.slot))) for leaf in branch.other.outputs]
+        leaves += [(path, slot) for path, slot in others if slot.index in made]
     return composer.graph, tuple(OutputLeaf(path, slot) for path, slot in dict.fromkeys(leaves))
 
 
-def _unname_result(graph: Graph) -> None:
+def _by_themselves(given: Decided, found: Sequence[bool]) -> Iterator[tuple[Step, bool]]:
+    """The decisions on the way that the forward took when nothing told it another."""
+    outcomes = iter(found)
+
+    def walk(run: Run, start: int, stop: int) -> Iterator[tuple[Step, bool]]:
+        while start < stop:
+            step = run.steps[start]
+            branch = given.branches.get(step)
+            start += 1
+            if branch is None:
+                continue
+            outcome = next(outcomes, None)
+            if outcome is None:
+                raise OtherStructureError("the parts decide more than the forward")
+            yield step, outcome
+            if outcome is step.node.args[1]:
+                yield from walk(run, start, branch.stop)
+            else:
+                yield from walk(branch.other, start, branch.other_stop)
+            start = branch.stop
+
+    yield from walk(given.usual, 0, len(given.usual.steps))
+
+
+def unname_result(graph: Graph) -> None:
     """The result as it was, if it has the same form after all ways."""
     output = next(iter(reversed(graph.nodes)))
     found: Any = output.args[0]
-    if found.target is result:
+    if isinstance(found, Node) and found.target is result:
         output.args = found.args
         graph.erase_node(found)
 
@@ -261,6 +299,8 @@ class _Unroll(_Walk):
         self._names = names
 
     def step(self, step: Step, args: Any, scope: _Scope) -> str:  # noqa: ARG002
+        if step.node.meta.get("branches") is False:  # a guard, that only goes one way
+            self.outcomes.append(bool(step.node.args[1]))
         self.steps.append((step.node.op, step.node.target, key(step_args(step.node, args))))
         return f"step {len(self.steps)}"
 
@@ -280,12 +320,12 @@ class _Unroll(_Walk):
 
 
 def check_combinations(given: Decided, capture: Capture, pool: Pool) -> None:
-    """Captures in which several draws decide otherwise are what the branches put together give.
+    """Captures in which several decisions go otherwise are what the branches put together give.
 
     Raises:
-        OtherStructureError: they are not, so the draws depend on each other in a way that no branch shows.
+        OtherStructureError: they are not, so the decisions depend on each other in a way that no branch shows.
     """
-    apart = Pool(Tape(), pool.constants, pool.rebuilds)
+    apart = Pool(Tape(), pool.constants, pool.rebuilds, pool.branches)
     for flipped in patterns(len(given.branches)):
         names: dict[Any, int] = {}
         want = _Unroll(given, flipped, names)
@@ -295,6 +335,4 @@ def check_combinations(given: Decided, capture: Capture, pool: Pool) -> None:
         have.block(run, 0, len(run.steps), _Scope())
         if want.steps != have.steps:
             lines = sorted({str(step.node.meta["source"]) for step in given.branches})
-            raise OtherStructureError(
-                f"what the draws at {', '.join(lines[:3])} decide together is more than each does"
-            )
+            raise OtherStructureError(f"what is decided at {', '.join(lines[:3])} together is more than each decides")

@@ -1,7 +1,8 @@
 """What a forward reads of its tensors' data: numbers, and decisions.
 
 A number stays live where it is an argument: the graph reads it again. What Python decides by data holds for the example
-alone, so the graph has a guard there: where the data would decide otherwise, it refuses to run.
+alone, so the graph has a guard there: where the data would decide otherwise, it refuses to run. A guard of a truth
+value is remembered as a decision, for the other way may be captured too (see :mod:`.alternatives`).
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.graphs.guards import agree, check_data
 from chase_fx.graphs.live import LiveFloat, LiveInt, fix
+from chase_fx.graphs.outcomes import Decision, Outcomes
 from chase_fx.graphs.recording import Recording
-from chase_fx.graphs.source import source_line
+from chase_fx.graphs.source import source_line, source_place
 from chase_fx.graphs.whole import enclosing
 
 __all__ = ["READS_DATA", "Decisions"]
 
 # Calls that make a Python number of a tensor of one number.
-_CONVERSIONS = frozenset({"__bool__", "is_nonzero", "__int__", "__index__", "__float__"})
+_TRUTHS = frozenset({"__bool__", "is_nonzero"})
+_CONVERSIONS = frozenset({*_TRUTHS, "__int__", "__index__", "__float__"})
 # Calls that compare tensors, as calls that give a tensor.
 _COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
     "equal": agree,
@@ -49,6 +53,12 @@ _ABOUT = frozenset(
 class Decisions(Recording):
     """A recording of numbers from data, and of what Python decides by data."""
 
+    def __init__(self, root: nn.Module, device: torch.device | None, *, values: bool) -> None:
+        super().__init__(root, device, values=values)
+        self.outcomes = Outcomes()
+        self.decisions: list[Decision] = []
+        self._settled: dict[tuple[Node, int], bool] = {}
+
     def _call_function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write one call of the torch API."""
         raise NotImplementedError
@@ -60,24 +70,50 @@ class Decisions(Recording):
         if name not in READS_DATA:
             return out
         line = source_line()
-        self.specialised.append(f"{name} at {line}")
         for places in (self.reads, self.deciders):
             places.setdefault(line, enclosing())
+        read = f"{name} at {line}"
         numbers = name in _READS_NUMBERS and args and args[0].dtype not in (torch.bool, *_COMPLEX)
         if numbers:
+            self.specialised.append(read)
             return self._read_numbers(name, args[0], out)
-        self._guard_data(name, out, args, kwargs, line)
-        return out
+        condition = self._condition(name, out, args, kwargs)
+        if condition is None:
+            self.specialised.append(read)
+            self._guard_data(name, out, args, line)
+            return out
+        node = self.arguments.node_of(condition)
+        return self._settle(check_data, node, out, condition._version, read)
 
-    def _guard_data(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> None:
-        """Write a guard: the forward goes on with ``out``."""
-        if name in _CONVERSIONS or (name == "item" and type(out) is bool):
-            self.arguments.call(check_data, (args[0], out, line))
-            return
+    def _settle(self, marker: Callable[..., Any], node: Node, found: bool, version: int = 0, read: str = "") -> bool:
+        """The forward goes on with the truth of ``node``, as it was at that version of its data, or otherwise."""
+        key = node, version
+        if key not in self._settled:
+            (line, place), drawn = source_place(), marker is not check_data
+            place = line if drawn else place
+            outcome = self.outcomes.of(len(self.decisions), place, found, drawn=drawn)
+            guard = self.graph.call_function(marker, (node, outcome, line))
+            guard.meta["source"] = line
+            self.decisions.append(Decision(guard, line, place, outcome, found, drawn, read))
+            self._settled[key] = outcome
+            if read:
+                self.specialised.append(read)
+        return self._settled[key]
+
+    def _condition(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The tensor whose truth Python asks for, if that is what it does."""
+        if name in _TRUTHS or (name == "item" and type(out) is bool):
+            tensor: torch.Tensor = args[0]
+            return tensor
         if name in _COMPARISONS:
             with self:
-                same = _COMPARISONS[name](*args, **kwargs)
-            self.arguments.call(check_data, (same, out, line))
+                return _COMPARISONS[name](*args, **kwargs)
+        return None
+
+    def _guard_data(self, name: str, out: Any, args: tuple[Any, ...], line: str) -> None:
+        """Write a guard: the forward goes on with ``out``."""
+        if name in _CONVERSIONS:
+            self.arguments.call(check_data, (args[0], out, line))
             return
         start = len(self.tape.ops)
         with _disable_current_modes():

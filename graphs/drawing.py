@@ -13,7 +13,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,35 +32,9 @@ from chase_fx.graphs.source import source_line
 from chase_fx.graphs.traced import OutputLeaf
 from chase_fx.graphs.whole import Function, bindings, named
 
-__all__ = ["Decision", "Drawing", "Outcomes"]
+__all__ = ["Drawing"]
 
 _OWN_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-
-
-@dataclass
-class Outcomes:
-    """How draws are to decide: the first ones as told, the others as usual at their line.
-
-    Attributes:
-        told: outcomes in the order of the decisions.
-        usual: by line; a line that is not in it yet gets the outcome of its first draw.
-    """
-
-    told: tuple[bool, ...] = ()
-    usual: dict[str, bool] = field(default_factory=dict)
-
-    def of(self, index: int, line: str, found: bool) -> bool:
-        """The outcome of decision ``index``, which lies at ``line`` and would be ``found``."""
-        return self.told[index] if index < len(self.told) else self.usual.setdefault(line, found)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A draw that decided: its node in the graph, its line and its outcome."""
-
-    node: Node
-    line: str
-    outcome: bool
 
 
 class Drawing(Reads):
@@ -71,14 +44,11 @@ class Drawing(Reads):
         super().__init__(root, device, values=values)
         self.code = code
         self.training = root.training
-        self.outcomes = Outcomes()
-        self.decisions: list[Decision] = []
         self.outputs: tuple[OutputLeaf, ...] = ()  # the tensors of the result
         self.lost_draw = ""  # what no graph can draw again
         self.drawers: dict[int, Callable[..., Any]] = {}  # what stands for a function that draws, by its identity
         self.generators: Callable[[], Any] = lambda: None
         self._known_state: Any = None
-        self._outcome_of: dict[Node, bool] = {}
         self._own: list[tuple[Any, bytes]] = []
 
     # -- generators ---------------------------------------------------------------------------------------------------
@@ -256,22 +226,11 @@ class Drawing(Reads):
 
     def decide(self, left: Any, comparison: str, right: Any, holds: bool) -> bool:
         """The forward goes on with the outcome of a comparison of numbers that were drawn."""
-        return self._decide(self.arguments.number(COMPARE[comparison], (left, right)), holds)
+        return self._settle(decided, self.arguments.number(COMPARE[comparison], (left, right)), holds)
 
     def lose(self, number: Any) -> None:
         """Python goes on with a whole or plain number that was made from a draw."""
         self._lose(f"a number such as {plain(number)}")
-
-    def _decide(self, node: Node, found: bool) -> bool:
-        """The forward goes on with the truth of ``node``."""
-        if node not in self._outcome_of:
-            line = source_line()
-            outcome = self.outcomes.of(len(self.decisions), line, found)
-            marker = self.graph.call_function(decided, (node, outcome, line))
-            marker.meta["source"] = line
-            self.decisions.append(Decision(marker, line, outcome))
-            self._outcome_of[node] = outcome
-        return self._outcome_of[node]
 
     def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the forward reads from a tensor; if it was drawn, the graph follows."""
@@ -280,13 +239,13 @@ class Drawing(Reads):
         if node is None or not is_drawn(node):
             return super()._python_value(name, out, args, kwargs)
         if name in ("__bool__", "is_nonzero"):
-            return self._decide(node, bool(out))
+            return self._settle(decided, node, bool(out))
         if name != "item" or not isinstance(out, (bool, float)):
             self._lose(f"'{name}' of a tensor")
             return out
         number = self.graph.call_method("item", (node,))
         number.meta["source"] = source_line()
-        return self._decide(number, out) if isinstance(out, bool) else self._number(out, number)
+        return self._settle(decided, number, out) if isinstance(out, bool) else self._number(out, number)
 
 
 _set_rng_state = torch.random.set_rng_state

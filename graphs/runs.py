@@ -16,9 +16,10 @@ from torch.fx import Graph, Node
 
 from chase_fx.graphs.autocast import AUTOCAST, region_settings
 from chase_fx.graphs.branches import result
-from chase_fx.graphs.draws import DRAWS, decided
+from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS, check, check_data, check_number
 from chase_fx.graphs.opaque import alike
+from chase_fx.graphs.outcomes import Decision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.tape import Slot, Tape
 
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "Step",
     "Value",
+    "branches",
     "key",
     "leaves_of",
     "like",
@@ -41,7 +43,15 @@ _READS = frozenset({"item", "tolist"})
 
 
 class OtherStructureError(Exception):
-    """Two ways of a forward differ in more than one graph can hold."""
+    """Two ways of a forward differ in more than one graph can hold.
+
+    Attributes:
+        line: of the decision between them, if it is one decision.
+    """
+
+    def __init__(self, reason: str, line: str = "") -> None:
+        super().__init__(reason)
+        self.line = line
 
 
 @dataclass(eq=False)
@@ -127,11 +137,13 @@ class Pool:
     Attributes:
         constants: tensors by the name that they have in the end.
         rebuilds: templates likewise.
+        branches: whether a decision has both ways in the graph; else it is a guard, with one outcome.
     """
 
     tape: Tape
     constants: dict[str, torch.Tensor]
     rebuilds: dict[str, Any]
+    branches: Callable[[Decision], bool]
     expressions: dict[Any, Expression] = field(default_factory=dict)
     storages: int = 0
 
@@ -164,7 +176,7 @@ class Run:
     """One recorded forward.
 
     Attributes:
-        decisions: positions of the steps at which a draw decided.
+        decisions: positions of the steps at which something was decided.
         guards: what it took for granted.
         outputs: the tensors of its result.
     """
@@ -226,6 +238,8 @@ def read(recorder: Recorder, pool: Pool, known: Sequence[Step] | None = None) ->
     """
     run = Run(recorder, pool, first=known is None)
     _name_result(recorder.graph)
+    for decision in recorder.decisions:
+        decision.node.meta["branches"] = pool.branches(decision)
     values: dict[Node, Value] = {}
     for node in recorder.graph.nodes:
         args = map_values((node.args, node.kwargs), values.__getitem__, (Node,))
@@ -235,7 +249,7 @@ def read(recorder: Recorder, pool: Pool, known: Sequence[Step] | None = None) ->
                 step = _same(run, (known or ())[position], node, args)
             else:
                 step = Step(node, run, args)
-            if node.target is decided:
+            if "branches" in node.meta:
                 run.decisions.append(position)
             run.steps.append(step)
             values[node] = step
@@ -299,8 +313,13 @@ def _same(run: Run, known: Step, node: Node, args: Any) -> Step:
 
 
 def step_args(node: Node, args: Any) -> Any:
-    """The arguments that make two steps equal; the outcome of a decision is none."""
-    return args[0][:1] if node.target is decided else args
+    """The arguments that make two steps equal; the outcome of a decision with two ways is none."""
+    return args[0][:1] if branches(node) else args
+
+
+def branches(node: Node) -> bool:
+    """Whether both ways of what ``node`` decides are to be in the graph."""
+    return bool(node.meta.get("branches"))
 
 
 def like(a: Node, b: Node) -> bool:

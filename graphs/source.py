@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import types
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["is_model_code", "line_of_error", "source_line"]
+__all__ = ["is_model_code", "line_of_error", "source_line", "source_place"]
 
 _HERE = Path(__file__).parent
 _TORCH_DIR = f"{Path(torch.__file__).parent}{os.sep}"
@@ -24,17 +25,31 @@ def is_model_code(filename: str) -> bool:
 
 def source_line() -> str:
     """``file.py:line`` of the innermost frame that is neither torch's nor ours."""
+    return _innermost()[0]
+
+
+def source_place() -> tuple[str, str]:
+    """:func:`source_line`, and that with the part of the line, for one line may do several things."""
+    line, frame = _innermost()
+    if frame is None:
+        return line, line
+    # The number of the instruction would not do: it changes once the interpreter has specialised a call.
+    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), ())
+    return line, f"{line} {position}"
+
+
+def _innermost() -> tuple[str, types.FrameType | None]:
     frame: types.FrameType | None = sys._getframe(1)
     fallback = ""
     while frame is not None:
         filename = frame.f_code.co_filename
         if not filename.startswith(_SKIPPED_DIRS):
             short = filename.rpartition("site-packages" + os.sep)[2] or filename
-            return f"{short}:{frame.f_lineno}"
+            return f"{short}:{frame.f_lineno}", frame
         if not fallback and filename.startswith(_TORCH_DIR) and f"nn{os.sep}modules" in filename:
             fallback = filename
         frame = frame.f_back
-    return fallback
+    return fallback, None
 
 
 def line_of_error(error: BaseException) -> str:

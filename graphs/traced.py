@@ -14,7 +14,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.autocast import casts, preserved_autocast
-from chase_fx.graphs.branches import python_code
+from chase_fx.graphs.branches import nested_code, python_code
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
@@ -104,7 +104,8 @@ class TracedModule(GraphModule):
 
     def recompile(self) -> Any:
         """Regenerate ``forward`` from the graphs."""
-        code = super().recompile()
+        with nested_code(self.graph):
+            code = super().recompile()
         if self.info is not None and self.info.train_error is not None:
             cls = type(self)
             cls.forward = _by_mode(cls.forward, _refuse, lambda module: module.training)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["holds_tensor", "map_tensors", "tensors_in"]
+__all__ = ["holds_tensor", "map_tensors", "named_tensors", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -24,6 +24,24 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for f in dataclasses.fields(value):
             yield from tensors_in(getattr(value, f.name, None))
+
+
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor inside ``value`` with its path, such as ``hidden_states.3``; a lone one is ``output``."""
+    if isinstance(value, torch.Tensor):
+        yield path or "output", value
+        return
+    items: Sequence[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        items = list(enumerate(value))
+    elif hasattr(value, "__dataclass_fields__"):
+        items = [(f, getattr(value, f)) for f in value.__dataclass_fields__]
+    for key, item in items:
+        yield from named_tensors(item, f"{path}.{key}" if path else str(key))
 
 
 def holds_tensor(value: Any) -> bool:

@@ -1,23 +1,28 @@
-"""Which part of a forward a random draw decides about, found by captures with other outcomes.
+"""Which part of a forward a decision is about, found by captures with other outcomes.
 
-Each draw that decides gets one more capture, in which it decides otherwise and everything else goes on as usual: the
-number of captures grows with the number of draws, not with that of their combinations. Up to the draw the two captures
-are equal; from their ends backwards their steps are matched, and what is left between is what the draw decides about.
-The values that the matched steps read and that differ are what the two ways hand on.
+Each random draw, and each truth of data, that decides gets one more capture, in which it goes otherwise and everything
+else goes on as usual: the number of captures grows with the number of decisions, not with that of their combinations.
+Up to the decision the two captures are equal; from their ends backwards their steps are matched, and what is left
+between is what it decides about. The values that the matched steps read and that differ are what the two ways hand on.
 
-That the draws don't depend on each other beyond these values is an assumption. So captures with several draws that
-decide otherwise, in combinations that hold every pair of outcomes, have to be what the parts put together give.
+That decisions don't depend on each other beyond these values is an assumption. So captures with several that go
+otherwise, in combinations that hold every pair of outcomes, have to be what the parts put together give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb
 from typing import Any
 
-from chase_fx.graphs.draws import decided
+import torch
+
+from chase_fx.graphs.branches import result
+from chase_fx.graphs.guards import check_data
+from chase_fx.graphs.outcomes import Decision
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.runs import (
     Expression,
@@ -26,41 +31,45 @@ from chase_fx.graphs.runs import (
     Run,
     Step,
     Value,
+    branches,
     key,
     leaves_of,
     like,
     map_values,
     read,
+    step_args,
 )
 
 __all__ = ["Branch", "Capture", "Decided", "decide", "patterns", "take_long_ways"]
 
-Capture = Callable[[tuple[bool, ...]], Recorder]  # a capture whose first draws decide as told
+Capture = Callable[[tuple[bool, ...]], Recorder]  # a capture whose first decisions go as told
 
 
-def take_long_ways(recorder: Recorder, capture: Capture, usual: dict[str, bool]) -> bool:
-    """Let the usual outcome at each line be the one with which more is computed; whether one changed.
+def take_long_ways(
+    recorder: Recorder, capture: Capture, usual: dict[str, bool], has_both: Callable[[Decision], bool]
+) -> bool:
+    """Let the usual outcome at each place be the one with which more is computed; whether one changed.
 
     What a layer computes is then told from what it was given, which are the same thing where it is left out.
     """
-    first = {decision.line: index for index, decision in reversed(list(enumerate(recorder.decisions)))}
+    first = {d.place: index for index, d in reversed(list(enumerate(recorder.decisions))) if has_both(d)}
     outcomes, length = [decision.outcome for decision in recorder.decisions], len(recorder.graph.nodes)
-    changed = [
-        line
-        for line, index in first.items()
-        if len(capture((*outcomes[:index], not outcomes[index])).graph.nodes) > length
-    ]
-    usual.update({line: not usual[line] for line in changed})
+    changed = []
+    for place, index in first.items():
+        with _at(recorder.decisions[index].line):
+            if len(capture((*outcomes[:index], not outcomes[index])).graph.nodes) > length:
+                changed.append(place)
+    usual.update({place: not usual[place] for place in changed})
     return bool(changed)
 
 
 @dataclass(eq=False)
 class Branch:
-    """What one draw decides about.
+    """What one decision is about.
 
     Attributes:
-        run: the run in which it decides as usual; steps from ``start`` (the decision itself) to ``stop`` are its way.
-        other: the run in which it decides otherwise; its way ends before step ``other_stop``.
+        run: the run in which it goes as usual; steps from ``start`` (the decision itself) to ``stop`` are its way.
+        other: the run in which it goes otherwise; its way ends before step ``other_stop``.
         handed: values that later steps read, with what they are after the other way.
     """
 
@@ -107,16 +116,29 @@ def _add_branches(found: Decided, run: Run, part: tuple[int, int], other_way: Ca
     start, stop = part
     ends: list[int] = []
     for index, position in enumerate(run.decisions):
-        if not start <= position < stop:
+        if not start <= position < stop or not branches(run.steps[position].node):
             continue
-        other = other_way(run, index, position)
-        branch = _branch(run, position, other)
-        ends = [end for end in ends if end > position]
-        if branch.stop > min((stop, *ends)):
-            raise OtherStructureError(f"what it decides about overlaps with another decision {_where(run, position)}")
+        with _at(str(run.steps[position].node.meta["source"])):
+            other = other_way(run, index, position)
+            branch = _branch(run, position, other)
+            ends = [end for end in ends if end > position]
+            if branch.stop > min((stop, *ends)):
+                raise OtherStructureError(
+                    f"what it decides about overlaps with another decision {_where(run, position)}"
+                )
         ends.append(branch.stop)
         found.branches[run.steps[position]] = branch
         _add_branches(found, other, (position + 1, branch.other_stop), other_way)
+
+
+@contextmanager
+def _at(line: str) -> Iterator[None]:
+    """Errors are about the decision at that line."""
+    try:
+        yield
+    except OtherStructureError as e:
+        e.line = e.line or line
+        raise
 
 
 def _where(run: Run, position: int) -> str:
@@ -135,9 +157,12 @@ def _branch(run: Run, start: int, other: Run) -> Branch:
         matching = _Matching(ours, theirs, length)
         if matching.length == length:
             stop, other_stop = len(run.steps) - length, len(other.steps) - length
-            return Branch(run, start, stop, other, other_stop, matching.result(_where(run, start)))
+            handed = matching.result(_where(run, start))
+            if run.steps[start].node.target is check_data and any(x.node.target is result for x, _ in handed):
+                break
+            return Branch(run, start, stop, other, other_stop, handed)
         length = matching.length
-    raise OtherStructureError(f"what the forward returns depends on the draw {_where(run, start)}")
+    raise OtherStructureError(f"what the forward returns depends on what is decided {_where(run, start)}")
 
 
 def _alike(a: Step, b: Step) -> bool:
@@ -146,7 +171,41 @@ def _alike(a: Step, b: Step) -> bool:
         return False
     if a.slot is not None and b.slot is not None and (a.slot.shape, a.slot.dtype) != (b.slot.shape, b.slot.dtype):
         return False
-    return a.node.target is decided or _same_form(a.args, b.args)
+    if branches(a.node):
+        return branches(b.node)
+    return _same_form(a.args, b.args) and _same_calls(a, b)
+
+
+def _same_calls(a: Step, b: Step) -> bool:
+    """Whether the tape of ``a`` serves ``b``, which lacks what ``a`` makes of operands that are None in ``b``.
+
+    That are calls of these operands alone, and what puts them to another value, element by element.
+    """
+    left_out = {id(value.slot) for value in _none_in(a.args, b.args) if value.slot is not None}
+    if not left_out:
+        return True
+    first, second = (step.run.tape.ops[slice(*step.node.meta.get("tape", (0, 0)))] for step in (a, b))
+    calls = []
+    for op in first:
+        given = [id(a.run.slot(slot)) for slot in op.inputs()]
+        if left_out.issuperset(given):
+            left_out.update(id(a.run.slot(slot)) for slot in op.outs)
+        elif left_out.isdisjoint(given) or torch.Tag.pointwise not in op.op.tags:
+            calls.append(op.op)
+    return calls == [op.op for op in second]
+
+
+def _none_in(a: Any, b: Any) -> Iterator[Value]:
+    """The values of ``a`` for which ``b``, of the same form, has None."""
+    if isinstance(a, (Step, Expression)):
+        if b is None:
+            yield a
+    elif isinstance(a, (tuple, list)):
+        for x, y in zip(a, b, strict=True):
+            yield from _none_in(x, y)
+    elif isinstance(a, dict):
+        for k in a:
+            yield from _none_in(a[k], b[k])
 
 
 def _same_form(a: Any, b: Any) -> bool:
@@ -173,13 +232,12 @@ class _Matching:
         self._ambiguous = False
         self._compared: set[tuple[int, int]] = set()
         for a, b in self._twin.items():
-            skipped = a.node.target is decided
-            self._compare(a.args[0][:1] if skipped else a.args, b.args[0][:1] if skipped else b.args)
+            self._compare(step_args(a.node, a.args), step_args(b.node, b.args))
 
     def result(self, where: str) -> tuple[tuple[Value, Any], ...]:
         """What the two ways hand on."""
         if self._ambiguous or not self._kept.isdisjoint(self._handed):
-            raise OtherStructureError(f"one value has several meanings after the draw {where}")
+            raise OtherStructureError(f"one value has several meanings after the decision {where}")
         return tuple(self._handed.items())
 
     def _compare(self, a: Any, b: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chase_fx.errors import VerificationError
@@ -22,6 +22,7 @@ from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.rules.base import Facts
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.traced import TracedModule
+from chase_fx.passes.following import Following
 
 __all__ = ["MaskedReference", "gather_kept", "initialised"]
 
@@ -49,42 +50,42 @@ def initialised(node: Node, value: Any) -> Any:
     return value
 
 
-class MaskedReference(Interpreter):
+class MaskedReference(Following):
     """Runs a traced module under the masks of a plan and keeps the value of every node that has labels."""
 
     def __init__(
-        self, traced: TracedModule, channels: ChannelGraph, capture: int, masks: Mapping[Atom, np.ndarray]
+        self,
+        traced: TracedModule,
+        channels: ChannelGraph,
+        capture: int,
+        masks: Mapping[Atom, np.ndarray],
+        *,
+        against: bool = False,
     ) -> None:
-        super().__init__(traced, garbage_collect_values=False, graph=traced.graphs()[capture])
+        super().__init__(traced, traced.graphs()[capture], against=against)
         assert traced.info is not None
         self.tape = traced.info.captures[capture].tape
         self.labels = channels.labelling.slots[capture]
         self.facts = channels.labelling.facts[capture]
         self.masks = masks
         self.values: dict[str, torch.Tensor] = {}
-        self.at = ""
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
-        """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
-        return next(self.args_iter)
-
-    def run_node(self, n: Node) -> Any:
+    def compute(self, node: Node) -> Any:
         """One node; its ATen calls are matched with those of the capture."""
-        self.at = n.name
-        start, stop = n.meta.get("tape", (0, 0))
+        start, stop = node.meta.get("tape", (0, 0))
         if start == stop:
-            return super().run_node(n)
+            return super().compute(node)
         # Only these have to be found again: a cast, or a slice of all there is, is made or left out as data wants it.
         noted = [(self.tape.ops[i], facts) for i in range(start, stop) if (facts := self.facts.get(i)) is not None]
         calls = _MaskedCalls([(op, facts) for op, facts in noted if facts.contracted or facts.reduced], self)
         with calls:
-            out = super().run_node(n)
-        calls.check(n)
-        out = initialised(n, out)
-        slot = n.meta.get("slot")
+            out = super().compute(node)
+        calls.check(node)
+        out = initialised(node, out)
+        slot = node.meta.get("slot")
         if isinstance(out, torch.Tensor) and slot is not None and slot.index in self.labels:
             # A copy: a later node may write to it in place.
-            self.values[n.name] = gather_kept(out.detach(), self.labels[slot.index], self.masks).clone()
+            self.values[node.name] = gather_kept(out.detach(), self.labels[slot.index], self.masks).clone()
         return out
 
     def keep(self, slot: Slot, dim: int) -> np.ndarray | None:

@@ -25,8 +25,9 @@ from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
-from chase_fx.graphs.trees import map_tensors, tensors_in
+from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
 from chase_fx.passes.draws import ConstantDraws
+from chase_fx.passes.following import Following, decides
 from chase_fx.passes.reference import MaskedReference, gather_kept, initialised
 from chase_fx.passes.rewrite import channels_for
 
@@ -71,6 +72,8 @@ class VerificationReport:
 def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     """Compare a slim module with the masked dense module that it was made from.
 
+    Where data decide which way the forward goes, the other ways are compared too, on the same data.
+
     Raises:
         VerificationError: they differ; ``node`` names the first node that does.
         ArgumentError: ``slim`` was not made by a rewrite.
@@ -89,11 +92,26 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     floats = [p.dtype for p in traced.parameters() if p.is_floating_point()]
     dtype = floats[0] if floats else torch.get_default_dtype()
     tolerance = _EXACT if dtype is torch.float64 else _QUICK
-    report, node = _compare(traced, slim, channels, masks, inputs, dtype=dtype, tolerance=tolerance)
-    if node is not None and dtype is not torch.float64:
+
+    def compare(*, against: bool) -> tuple[VerificationReport, Node | None]:
+        report, node = _compare(
+            traced, slim, channels, masks, inputs, dtype=dtype, tolerance=tolerance, against=against
+        )
+        if node is None or dtype is torch.float64:
+            return report, node
         wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
-        inputs = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
-        report, node = _compare(wide, wide_slim, channels, masks, inputs, dtype=torch.float64, tolerance=_EXACT)
+        doubled = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
+        return _compare(
+            wide, wide_slim, channels, masks, doubled, dtype=torch.float64, tolerance=_EXACT, against=against
+        )
+
+    report, node = compare(against=False)
+    if node is None and decides(traced.graph):
+        try:
+            other, node = compare(against=True)
+        except _NoReferenceError:  # the example's data can't go all of the other ways at once
+            other = report
+        report = other if node is not None or other.difference > report.difference else report
     if node is not None:
         source = node.meta.get("source") or "unknown line"
         raise VerificationError(
@@ -115,6 +133,7 @@ def _compare(
     *,
     dtype: torch.dtype,
     tolerance: float,
+    against: bool = False,
 ) -> tuple[VerificationReport, Node | None]:
     modes = [{m: m.training for m in root.modules()} for root in (traced, slim)]
     buffers = {b: b.clone() for root in (traced, slim) for b in root.buffers()}
@@ -126,9 +145,9 @@ def _compare(
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
         with torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True), ConstantDraws():
-            reference = MaskedReference(traced, channels, 0, masks)
+            reference = MaskedReference(traced, channels, 0, masks, against=against)
             expected = _expected(reference, inputs)
-            recorded = _Recording(slim, graph=slim.graph)
+            recorded = _Recording(slim, against=against)
             try:
                 with _same_draws():
                     found = recorded.run(*_placed(recorded, inputs))
@@ -150,8 +169,10 @@ def _compare(
     capture = capture_of(traced).captures[0]
     worst = 0.0
     pairs = list(zip(tensors_in(expected), tensors_in(found), strict=True))
-    for (want, have), leaf in zip(pairs, capture.outputs, strict=True):
-        worst = max(worst, _relative(gather_kept(want, reference.labels[leaf.slot.index], masks), have))
+    leaves = {leaf.path: leaf for leaf in reversed(capture.outputs)}
+    for (path, _), (want, have) in zip(named_tensors(expected), pairs, strict=True):
+        labels = reference.labels[leaves[path].slot.index]
+        worst = max(worst, _relative(gather_kept(want, labels, masks), have))
     if dtype is torch.float64 and any(v.dtype is torch.float32 for v in recorded.values.values()):
         tolerance = _QUICK  # the forward itself goes through single precision, so its rounding is in the result
     gross = _gross_difference(slim, reference, recorded)
@@ -163,13 +184,17 @@ def _compare(
     return report, None if worst <= tolerance else _first_difference(slim, reference, recorded, tolerance)
 
 
+class _NoReferenceError(VerificationError):
+    """The masked dense graph can't be computed."""
+
+
 def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
     """What the reference gives."""
     try:
         with _same_draws():
             return reference.run(*_placed(reference, inputs))
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
-        raise VerificationError(
+        raise _NoReferenceError(
             f"the masked dense graph fails at node '{reference.at}' ({type(e).__name__}: {e}): without the removed "
             "channels the model's code takes another path than when it was captured; name the function whose path "
             "the data decides in whole= of trace",
@@ -177,23 +202,18 @@ def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[st
         ) from e
 
 
-class _Recording(Interpreter):
+class _Recording(Following):
     """Keeps a copy of every node's value (a later node may write to it in place)."""
 
-    def __init__(self, module: TracedModule, graph: torch.fx.Graph) -> None:
-        super().__init__(module, graph=graph)
+    def __init__(self, module: TracedModule, *, against: bool) -> None:
+        super().__init__(module, module.graph, against=against)
         self.values: dict[str, torch.Tensor] = {}
-        self.at = ""
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
-        """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
-        return next(self.args_iter)
-
-    def run_node(self, n: Node) -> Any:
-        self.at = n.name
-        out = initialised(n, super().run_node(n))
+    def compute(self, node: Node) -> Any:
+        """One node, of memory that the forward has not written yet a fixed number."""
+        out = initialised(node, super().compute(node))
         if isinstance(out, torch.Tensor) and out.layout is torch.strided:
-            self.values[n.name] = out.detach().clone()
+            self.values[node.name] = out.detach().clone()
         return out
 
 

@@ -1,4 +1,4 @@
-"""What Python decides by data holds for the example alone: for data that decide otherwise a graph refuses to run."""
+"""What Python decides by data: both ways are in the graph, or it refuses data that decide otherwise."""
 
 from __future__ import annotations
 
@@ -58,9 +58,24 @@ BY_INPUT: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", BY_INPUT)
+TRUTHS = ("truth", "item of a truth", "equal", "allclose", "in", "any of Python", "max of Python")
+
+
+@pytest.mark.parametrize("how", TRUTHS)
+def test_other_data_go_the_other_way(how: str) -> None:
+    """Where Python asks for a truth, capture and slim module decide again."""
+    model = deciding(BY_INPUT[how])
+    traced, slim = chase_fx.trace(model, X), chase_fx.prune(model, X)
+    assert traced.info.specialised == ()
+    assert slim.get_submodule("b").weight.shape == (4, 4)
+    for x in (X, -3 * X):
+        assert torch.equal(traced(x), model(x))
+        assert_exact(model, slim, (x,))
+
+
+@pytest.mark.parametrize("how", [how for how in BY_INPUT if how not in TRUTHS])
 def test_other_data_are_refused(how: str) -> None:
-    """Wherever Python reads data to decide, capture and slim module refuse data for which it would decide otherwise."""
+    """Where Python decides by a number, capture and slim module refuse data for which it would decide otherwise."""
     model = deciding(BY_INPUT[how])
     traced, slim = chase_fx.trace(model, X), chase_fx.prune(model, X)
     assert slim.get_submodule("b").weight.shape == (4, 4)
@@ -90,7 +105,15 @@ CHECKS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("how", CHECKS)
 def test_a_check_of_channels_freezes_none(how: str) -> None:
     """A decision by an activation is made by the channels that there are, so it keeps no channel."""
-    model = deciding(CHECKS[how])
+
+    class Checked(Deciding):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if not self.decide(self, x, y):
+                raise ValueError
+            return self.c(self.b(torch.relu(y)))
+
+    model = randomise(Checked(CHECKS[how]), (X,))
     slim = chase_fx.prune(model, X)
     assert slim.get_submodule("a").weight.shape == (4, 4)
     assert_exact(model, slim, (X,))
@@ -121,8 +144,12 @@ def test_decisions_by_a_buffer() -> None:
         traced = chase_fx.trace(model, X)
         assert torch.equal(traced(-X), model(-X))
         traced.ready.zero_()
-        with pytest.raises(OtherPathError):
-            traced(X)
+        model.ready.zero_()
+        if traced.info.specialised:  # by a number
+            with pytest.raises(OtherPathError):
+                traced(X)
+        else:
+            assert torch.equal(traced(X), model(X))
 
 
 def test_all_data_in_numpy_keep_their_channels() -> None:

@@ -266,6 +266,7 @@ class Together(Stack):
 @pytest.mark.parametrize("model", [Together(), Ahead(), Counted(depth=7), Averaged(depth=7)])
 def test_draws_that_decide_together_are_refused(model: Stack) -> None:
     randomise(model)
+    torch.manual_seed(0)  # some draws of the example show fewer ways
     traced = chase_fx.trace(model, batch())
     traced.eval()(batch())
     with pytest.raises(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import chase_fx
-from chase_fx.graphs import capture, standins
+from chase_fx.graphs import attempts, standins
 
 aten = torch.ops.aten
 W = 1024  # square layers of this width are large
@@ -23,13 +23,13 @@ W = 1024  # square layers of this width are large
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each run of a forward under the recorder was on real values."""
     found: list[bool] = []
-    once = capture._record_once
+    once = attempts._once
 
     def spy(model: nn.Module, inputs: Any, way: Any) -> Any:
         found.append(way.values)
         return once(model, inputs, way)
 
-    monkeypatch.setattr(capture, "_record_once", spy)
+    monkeypatch.setattr(attempts, "_once", spy)
     return found
 
 

@@ -1,0 +1,196 @@
+"""One capture of a forward: the attempts that it takes, each on a copy of the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+
+from chase_fx.errors import CaptureError, ChaseError
+from chase_fx.graphs.ambient import inside_region
+from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.draws import restored_generators
+from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.guards import expect
+from chase_fx.graphs.inputs import add_inputs, faked, shapes
+from chase_fx.graphs.leaves import Leaves, plain_recurrence
+from chase_fx.graphs.live import HashedError, plain
+from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
+from chase_fx.graphs.modes import enter_mode
+from chase_fx.graphs.outcomes import Outcomes
+from chase_fx.graphs.recorder import Recorder
+from chase_fx.graphs.source import line_of_error
+from chase_fx.graphs.standins import ValuesNeeded
+from chase_fx.graphs.traced import Capture, OutputLeaf
+from chase_fx.graphs.trees import named_tensors, tensors_in
+from chase_fx.graphs.whole import Function
+
+__all__ = ["Captured", "Inputs", "Way", "captured", "copy_of", "record"]
+
+_functional: Any = nn.functional  # its stub leaves out what is private
+Captured = tuple[Graph, Capture, Recorder]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every capture of one model shares."""
+
+    bound: inspect.BoundArguments
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device | None
+    leaves: Leaves
+    whole: tuple[Function, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a forward is captured.
+
+    Attributes:
+        training: in train mode.
+        fake: on fake tensors, for the model has no data.
+        unroll: loops over the places of a mask are unrolled for every place.
+        may_hash: live numbers may be hashed, for caches of functions are watched.
+        dead: places that unrolled loops leave out.
+        values: contractions are computed, however large.
+        outcomes: how decisions are to go.
+        ambient: inside a region of autocast.
+    """
+
+    training: bool
+    fake: bool = False
+    unroll: bool = True
+    may_hash: bool = False
+    dead: frozenset[Place] = frozenset()
+    values: bool = False
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    ambient: bool = False
+
+
+@contextmanager
+def _quiet_torch(root: nn.Module) -> Iterator[None]:
+    """Fast paths off (they hide the operators), and no complaint about batch statistics of a single value."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    verify = _functional._verify_batch_size
+    torch.backends.mha.set_fastpath_enabled(False)
+    _functional._verify_batch_size = lambda _: None
+    try:
+        with plain_recurrence(root):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        _functional._verify_batch_size = verify
+
+
+def copy_of(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
+    """A copy of ``model`` to run, on fake tensors with ``fake``."""
+    state = () if fake is None else (*model.parameters(), *model.buffers())
+    try:
+        return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
+            "model is not changed"
+        ) from e
+
+
+def record(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
+    """One capture, at first without values where they can be done without.
+
+    Every attempt has a copy of the model of its own: what one forward leaves in its modules (a cache of a result) would
+    be a constant of the next.
+    """
+    if inputs.device is None or inputs.device.type != "cpu":
+        way = replace(way, values=True)
+    while True:
+        try:
+            return _once(model, inputs, way)
+        except HashedError:  # from here on caches are watched
+            way = replace(way, may_hash=True)
+        except (ValuesNeeded, Exception) as e:
+            if isinstance(e, DeadPlaceError):
+                way = replace(way, dead=way.dead | {e.place})
+            elif way.values:
+                raise
+            way = replace(way, values=True)  # whatever went wrong, the run on real values has the last word
+
+
+def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
+    bound = inputs.bound
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake else None
+    device = inputs.device if fake is None else torch.device("cpu")
+    root = copy_of(model, fake)
+    enter_mode(root, training=way.training)
+    buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
+    recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
+    recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
+    recorder.arguments.model, recorder.outcomes, recorder.training = model, way.outcomes, way.training
+    trainable = [p for p in root.parameters() if p.requires_grad]
+    try:
+        # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
+        # parameter asks for one, so no autograd graph is built.
+        for p in trainable:
+            p.requires_grad = False
+        with restored_generators() as state, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
+            args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
+            recorder.watch_generators(state)
+            with inside_region(device) if way.ambient else nullcontext(), recorder.running():
+                out = root(*args, **kwargs)  # with the hooks that it has
+            recorder.check_generators()
+            recorder.finish(out)
+    except ChaseError:
+        raise
+    except Exception as e:
+        place = recorder.loops.dead_place()
+        if place is not None:
+            raise DeadPlaceError(place) from e
+        line = line_of_error(e)
+        raise CaptureError(
+            f"{type(root).__name__}.forward raised {type(e).__name__} on the example inputs"
+            f" ({shapes(bound)}){f' at {line}' if line else ''}: {e}"
+        ) from e
+    finally:
+        for p in trainable:
+            p.requires_grad = True
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+    if recorder.standins is not None:
+        _check(recorder, {id(buffer) for _, _, buffer, _ in buffers})
+    recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
+    leaves = tuple(OutputLeaf(path, recorder.tape.slot_of(t)) for path, t in named_tensors(out))
+    if not leaves:
+        raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(plain(out)).__name__}")
+    recorder.outputs = leaves
+    recorder.tape.release()
+    for name, rebuild in recorder.arguments.rebuilds.items():
+        root.add_module(name, rebuild)
+    return recorder
+
+
+def captured(recorder: Recorder) -> Captured:
+    """What is left of a recording without dead nodes."""
+    erased = remove_dead_nodes(recorder.graph, recorder.root)
+    if any(node.meta.get("by_mode") for node in erased):  # a dropout that nobody reads draws all the same
+        recorder.reads_training = True
+    nodes = frozenset(node.name for node in recorder.graph.nodes)
+    mode = "train" if recorder.training else "eval"
+    return recorder.graph, Capture(mode, recorder.tape, recorder.outputs, nodes), recorder
+
+
+def _check(recorder: Recorder, known: set[int]) -> None:
+    """Values are needed if the forward asked for some, or registered new buffers that depend on them."""
+    standins, tape = recorder.standins, recorder.tape
+    assert standins is not None
+    made = [tape.find(buffer) for buffer in recorder.root.buffers() if id(buffer) not in known]
+    if standins.gave_up or standins.marks(slot for slot in made if slot is not None):
+        raise ValuesNeeded

@@ -1,0 +1,66 @@
+"""Interpreters of graphs in which data decide which of two ways runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Interpreter, Node
+
+from chase_fx.graphs.branches import BEGINNINGS, follow, join, otherwise
+from chase_fx.graphs.traced import TracedModule
+
+__all__ = ["Following", "decides"]
+
+
+def decides(graph: Graph) -> bool:
+    """Whether data decide in ``graph`` which way it runs."""
+    return any(node.target is follow for node in graph.nodes)
+
+
+class Following(Interpreter):
+    """Runs the nodes that the generated code would run; every other one gives None.
+
+    Args:
+        module: whose parameters and submodules it runs on.
+        graph: one of its graphs.
+        against: go the other way where data decide, instead of theirs.
+    """
+
+    def __init__(self, module: TracedModule, graph: Graph, *, against: bool = False) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.against = against
+        self.at = ""
+        self._ways: list[tuple[bool, bool]] = []  # of each block around: whether it is reached, and its first way taken
+        self._runs = True
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """From the start, also where an earlier run ended with an error."""
+        self._ways, self._runs = [], True
+        return super().run(*args, **kwargs)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
+        """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
+        return next(self.args_iter)
+
+    def run_node(self, n: Node) -> Any:
+        """One node, if the way that it lies on was taken."""
+        self.at = n.name
+        if n.target in BEGINNINGS:
+            taken = bool(super().run_node(n)) if self._runs else False
+            if self.against and n.target is follow:
+                taken = not taken
+            self._ways.append((self._runs, taken))
+            self._runs = self._runs and taken
+            return taken
+        if n.target is otherwise:
+            reached, taken = self._ways[-1]
+            self._runs = reached and not taken
+            return not taken
+        if n.target is join:
+            self._runs = self._ways.pop()[0]
+            return None
+        return self.compute(n) if self._runs else None
+
+    def compute(self, node: Node) -> Any:
+        """The value of a node that runs."""
+        return super().run_node(node)
