@@ -16,9 +16,14 @@ from torch.fx import Graph, Node
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Slot, Tape, TapedOp
 
-__all__ = ["recover"]
+__all__ = ["recover", "transformed"]
 
 NodeOf = Callable[[torch.Tensor], Node]
+
+
+def transformed() -> bool:
+    """Whether a call made now is inside ``torch.vmap`` or ``torch.func``, on tensors that stand for other ones."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def recover(

@@ -29,6 +29,7 @@ from chase_fx.graphs.drawing import Drawing
 from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
+from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
@@ -38,7 +39,7 @@ from chase_fx.graphs.reach import is_own, reachable_code
 from chase_fx.graphs.reads import SIZE_CALLS
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
-from chase_fx.graphs.trees import holds_tensor
+from chase_fx.graphs.trees import holds_tensor, only_tensors
 from chase_fx.graphs.whole import Function, bindings
 
 __all__ = ["Recorder"]
@@ -107,7 +108,7 @@ class Recorder(Drawing):
             attributes[name] = Watchful(value) if type(value) is float else self.drawers[id(value)]
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
-        self.regions = Regions(self.arguments, lambda: self._active and not _transformed())
+        self.regions = Regions(self.arguments, lambda: self._active and not transformed())
         patches += [*self._whole_patches(), *draws, *self.regions.patches()]
         if self.standins is not None:
             self.standins.start(self.tape.slots)
@@ -131,7 +132,7 @@ class Recorder(Drawing):
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not recorder._active or _transformed():
+            if not recorder._active or transformed():
                 return original_call(module, *args, **kwargs)
             return recorder._call_module(module, original_call, args, kwargs)
 
@@ -162,7 +163,7 @@ class Recorder(Drawing):
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             run = original.__get__(None, cls)
-            if not recorder._active or _transformed():
+            if not recorder._active or transformed():
                 return run(*args, **kwargs)
             if cls.__module__.startswith("torch._functorch"):  # what vmap made of the function that it met
                 with recorder._paused():
@@ -251,7 +252,7 @@ class Recorder(Drawing):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._active or _transformed():
+        if not self._active or transformed():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -357,7 +358,7 @@ class Recorder(Drawing):
         start, rng = len(self.tape.ops), get_rng_state()
         with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = function(*args, **kwargs)
-        if not _only_tensors(out):
+        if not only_tensors(out):
             del self.tape.ops[start:]
             set_rng_state(rng)
             return function(*args, **kwargs)
@@ -377,20 +378,6 @@ class Recorder(Drawing):
                 return func(*args, **kwargs)
         finally:
             module.has_torch_function = original
-
-
-def _transformed() -> bool:
-    """Whether the call is made inside ``torch.vmap`` or ``torch.func``, on tensors that stand for other ones.
-
-    What it computes is written down when it comes out, by the calls that the tape has (see :mod:`.hidden`).
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _only_tensors(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_only_tensors, value))
-    return isinstance(value, torch.Tensor)
 
 
 def _attributes(module: nn.Module) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["holds_tensor", "map_tensors", "named_tensors", "tensors_in"]
+__all__ = ["holds_tensor", "map_tensors", "named_tensors", "only_tensors", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -58,3 +58,10 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(v, fn) for v in value)
     return value
+
+
+def only_tensors(value: Any) -> bool:
+    """Whether ``value`` is a tensor, or tuples and lists of tensors."""
+    if isinstance(value, (tuple, list)):
+        return all(map(only_tensors, value))
+    return isinstance(value, torch.Tensor)

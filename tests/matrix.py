@@ -12,9 +12,11 @@ and no more: its record says so, and the rest goes on in a fresh process. Record
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +60,7 @@ def work(names: Iterable[str]) -> None:
     """The worker: a JSON line for each model on stdout."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a model prints is not a record
+    faulthandler.register(signal.SIGUSR1)  # where it is when its time is over
     from tests.judge import judge
 
     judge("shape:conv1d")  # imports and first calls are nobody's prune time
@@ -107,6 +110,8 @@ class Worker(threading.Thread):
 
             def stop() -> None:
                 timed_out.set()
+                process.send_signal(signal.SIGUSR1)
+                time.sleep(2)
                 process.kill()
 
             timer = threading.Timer(self.timeout * 2, stop)
@@ -123,11 +128,8 @@ class Worker(threading.Thread):
             code = process.wait()
         if judged < len(names):
             log.seek(0)
-            why = (
-                f"no answer in {self.timeout:.0f} s"
-                if timed_out.is_set()
-                else f"exit status {code}: {log.read()[-300:]}"
-            )
+            why = f"no answer in {self.timeout:.0f} s" if timed_out.is_set() else f"exit status {code}"
+            why += f": {log.read()[-1000:]}"
             self.done.put(
                 {"name": names[judged], "state": "timeout" if timed_out.is_set() else "crashed", "reason": why}
             )
