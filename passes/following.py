@@ -33,10 +33,16 @@ class Following(Interpreter):
         self._ways: list[tuple[bool, bool]] = []  # of each block around: whether it is reached, and its first way taken
         self._runs = True
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """From the start, also where an earlier run ended with an error."""
-        self._ways, self._runs = [], True
-        return super().run(*args, **kwargs)
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        """The result for ``args``, one for each placeholder.
+
+        ``Interpreter.run`` would make a progress bar for each run, shown or not: bars share a lock with a thread that
+        watches them, and on a busy machine both have waited for it for ever.
+        """
+        self._ways, self._runs, self.env, self.args_iter = [], True, {}, iter(args)
+        for node in self.graph.nodes:
+            self.env[node] = self.run_node(node)
+        return self.env[self.graph.output_node()]
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""

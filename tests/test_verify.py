@@ -78,3 +78,15 @@ def test_a_spread_keeps_two_units_of_an_axis_that_is_factored_later() -> None:
     images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     slim = chase_fx.prune(model, (images,), channel_sparsity=0.9)
     assert slim.plan.new_shape("last.weight")[1] == 2
+
+
+def test_no_progress_bar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars share a lock with a thread, also those that are not shown, and runs have hung on it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a progress bar was made")
+
+    monkeypatch.setattr("torch.fx.interpreter.tqdm", refuse)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    traced = chase_fx.trace(net, x)
+    assert chase_fx.verify(traced, chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))).difference <= 1e-6
