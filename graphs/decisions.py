@@ -29,9 +29,16 @@ __all__ = ["READS_DATA", "Decisions"]
 # Calls that make a Python number of a tensor of one number.
 _TRUTHS = frozenset({"__bool__", "is_nonzero"})
 _CONVERSIONS = frozenset({*_TRUTHS, "__int__", "__index__", "__float__"})
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``torch.equal``, for which no NaN equals another one."""
+    return (a == b).all() if a.shape == b.shape else a.new_zeros((), dtype=torch.bool)
+
+
 # Calls that compare tensors, as calls that give a tensor.
 _COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
-    "equal": agree,
+    "equal": _equal,
     "allclose": lambda *args, **kwargs: torch.isclose(*args, **kwargs).all(),
     "__contains__": lambda tensor, value: torch.eq(tensor, value).any(),
 }
@@ -83,11 +90,11 @@ class Decisions(Recording):
             self._guard_data(name, out, args, line)
             return out
         node = self.arguments.node_of(condition)
-        return self._settle(check_data, node, out, condition._version, read)
+        return self._settle(check_data, node, out, self._writes(condition), read)
 
-    def _settle(self, marker: Callable[..., Any], node: Node, found: bool, version: int = 0, read: str = "") -> bool:
-        """The forward goes on with the truth of ``node``, as it was at that version of its data, or otherwise."""
-        key = node, version
+    def _settle(self, marker: Callable[..., Any], node: Node, found: bool, writes: int = 0, read: str = "") -> bool:
+        """The forward goes on with the truth of ``node``, as it was after so many writes, or otherwise."""
+        key = node, writes
         if key not in self._settled:
             (line, place), drawn = source_place(), marker is not check_data
             place = line if drawn else place
@@ -99,6 +106,12 @@ class Decisions(Recording):
             if read:
                 self.specialised.append(read)
         return self._settled[key]
+
+    def _writes(self, tensor: torch.Tensor) -> int:
+        """How often its memory was written to; torch's version of it leaves out what is written through ``.data``."""
+        storage = self.tape.slot_of(tensor).storage
+        ops = [op for op in self.tape.ops if op.op._schema.is_mutable]
+        return sum(any(slot.storage == storage for slot in op.inputs()) for op in ops)
 
     def _condition(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The tensor whose truth Python asks for, if that is what it does."""
