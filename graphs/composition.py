@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from chase_fx.graphs.branches import begin, choose, follow, join, otherwise, result
-from chase_fx.graphs.guards import check_data
+from chase_fx.graphs.guards import check, check_data, check_number
 from chase_fx.graphs.runs import (
     Expression,
     OtherStructureError,
@@ -69,6 +69,11 @@ class _Walk:
     def __init__(self, given: Decided) -> None:
         self.given = given
         self.tick = 0
+        runs = dict.fromkeys([given.usual, *(b.other for b in given.branches.values())])
+        self._guards: dict[Value, list[Expression]] = {}
+        for guard in dict.fromkeys(g for run in runs for g in run.guards):
+            for leaf in leaves_of(guard):
+                self._guards.setdefault(leaf, []).append(guard)
 
     def block(self, run: Run, start: int, stop: int, scope: _Scope) -> None:
         """Steps ``start`` to ``stop`` of a run."""
@@ -83,9 +88,17 @@ class _Walk:
                 start = branch.stop
 
     def bind(self, scope: _Scope, value: Value, found: Any) -> None:
-        """From here on ``value`` is ``found``."""
+        """From here on ``value`` is ``found``; what all runs take for granted of it is asked at once."""
         self.tick += 1
         scope.bound[value] = found, self.tick
+        self.bound(scope, value)
+        for guard in self._guards.get(value, ()):
+            steps = [leaf for leaf in leaves_of(guard) if isinstance(leaf, Step)]
+            if all(scope.find("bound", leaf) is not None for leaf in steps):
+                self.value(guard, scope)
+
+    def bound(self, scope: _Scope, value: Value) -> None:
+        """Something new was bound."""
 
     def value(self, value: Value, scope: _Scope) -> Any:
         """What ``value`` is here."""
@@ -133,11 +146,6 @@ class _Composer(_Walk):
         for found in pool.expressions.values():
             if found.node.op == "call_method" and found.target in _MEASURES:
                 self._measures.setdefault(found.args[0][0], []).append(found)
-        runs = dict.fromkeys([given.usual, *(b.other for b in given.branches.values())])
-        self._guards: dict[Value, list[Expression]] = {}
-        for guard in dict.fromkeys(g for run in runs for g in run.guards):
-            for leaf in leaves_of(guard):
-                self._guards.setdefault(leaf, []).append(guard)
 
     def step(self, step: Step, args: Any, scope: _Scope) -> Node:
         node = self._node(step.node, step.node.target, args, step.slot, scope)
@@ -148,14 +156,9 @@ class _Composer(_Walk):
             node.meta["tape"] = first, len(self.ops)
         return node
 
-    def bind(self, scope: _Scope, value: Value, found: Any) -> None:
-        super().bind(scope, value, found)
+    def bound(self, scope: _Scope, value: Value) -> None:
         for measure in self._measures.get(value, ()):
             self.value(measure, scope)
-        for guard in self._guards.get(value, ()):
-            steps = [leaf for leaf in leaves_of(guard) if isinstance(leaf, Step)]
-            if all(scope.find("bound", leaf) is not None for leaf in steps):
-                self.value(guard, scope)
 
     def expression(self, value: Expression, args: Any, scope: _Scope) -> Node:
         return self._node(value.node, value.target, args, value.slot, scope)
@@ -295,6 +298,7 @@ class _Unroll(_Walk):
         super().__init__(given)
         self.outcomes: list[bool] = []
         self.steps: list[Any] = []
+        self.checks: set[Any] = set()
         self._flipped = dict(zip(given.branches, flipped, strict=True))
         self._names = names
 
@@ -305,6 +309,8 @@ class _Unroll(_Walk):
         return f"step {len(self.steps)}"
 
     def expression(self, value: Expression, args: Any, scope: _Scope) -> str:  # noqa: ARG002
+        if value.target in (check, check_number):  # whichever line found out
+            self.checks.add((value.target, key(args[0][:4])))
         return f"value {self._names.setdefault((value.node.op, value.target, key(args)), len(self._names))}"
 
     def branch(self, branch: Branch, step: Step, scope: _Scope) -> None:
@@ -333,6 +339,6 @@ def check_combinations(given: Decided, capture: Capture, pool: Pool) -> None:
         run = read(capture(tuple(want.outcomes)), apart, ())
         have = _Unroll(Decided(run, {}), (), names)
         have.block(run, 0, len(run.steps), _Scope())
-        if want.steps != have.steps:
+        if want.steps != have.steps or not have.checks <= want.checks:
             lines = sorted({str(step.node.meta["source"]) for step in given.branches})
             raise OtherStructureError(f"what is decided at {', '.join(lines[:3])} together is more than each decides")

@@ -292,7 +292,7 @@ def patterns(number: int) -> Iterator[tuple[bool, ...]]:
 
     Those of one or no draw are left out.
     """
-    if number <= 3:
+    if number <= 4:
         yield from (p for p in product((False, True), repeat=number) if sum(p) > 1)
         return
     rows = next(n for n in range(2, number + 2) if comb(n, n // 2) >= number)
