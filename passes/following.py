@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.fx import Graph, Interpreter, Node
@@ -9,12 +10,21 @@ from torch.fx import Graph, Interpreter, Node
 from chase_fx.graphs.branches import BEGINNINGS, follow, join, otherwise
 from chase_fx.graphs.traced import TracedModule
 
-__all__ = ["Following", "decides"]
+__all__ = ["Following", "ways"]
 
 
-def decides(graph: Graph) -> bool:
-    """Whether data decide in ``graph`` which way it runs."""
-    return any(node.target is follow for node in graph.nodes)
+def ways(graph: Graph) -> Iterator[dict[str, bool]]:
+    """For each way of each thing that data decide in ``graph``: which decisions lead there, itself the last."""
+    around: dict[str, bool] = {}
+    for node in graph.nodes:
+        if node.target in (otherwise, join):
+            name, _ = around.popitem()
+            if node.target is otherwise:
+                around[name] = False
+        elif node.target in BEGINNINGS:
+            if node.target is follow:
+                yield from ({**around, node.name: taken} for taken in (True, False))
+            around[node.name] = True
 
 
 class Following(Interpreter):
@@ -23,12 +33,16 @@ class Following(Interpreter):
     Args:
         module: whose parameters and submodules it runs on.
         graph: one of its graphs.
-        against: go the other way where data decide, instead of theirs.
+        forced: which ways to go, whatever the data decide there.
+
+    Attributes:
+        taken: which ways it went.
     """
 
-    def __init__(self, module: TracedModule, graph: Graph, *, against: bool = False) -> None:
+    def __init__(self, module: TracedModule, graph: Graph, forced: Mapping[str, bool]) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.against = against
+        self.forced = forced
+        self.taken: dict[str, bool] = {}
         self.at = ""
         self._ways: list[tuple[bool, bool]] = []  # of each block around: whether it is reached, and its first way taken
         self._runs = True
@@ -53,8 +67,8 @@ class Following(Interpreter):
         self.at = n.name
         if n.target in BEGINNINGS:
             taken = bool(super().run_node(n)) if self._runs else False
-            if self.against and n.target is follow:
-                taken = not taken
+            if self._runs:
+                taken = self.taken[n.name] = self.forced.get(n.name, taken)
             self._ways.append((self._runs, taken))
             self._runs = self._runs and taken
             return taken

@@ -59,10 +59,9 @@ class MaskedReference(Following):
         channels: ChannelGraph,
         capture: int,
         masks: Mapping[Atom, np.ndarray],
-        *,
-        against: bool = False,
+        forced: Mapping[str, bool],
     ) -> None:
-        super().__init__(traced, traced.graphs()[capture], against=against)
+        super().__init__(traced, traced.graphs()[capture], forced)
         assert traced.info is not None
         self.tape = traced.info.captures[capture].tape
         self.labels = channels.labelling.slots[capture]

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
 from chase_fx.passes.draws import ConstantDraws
-from chase_fx.passes.following import Following, decides
+from chase_fx.passes.following import Following, ways
 from chase_fx.passes.reference import MaskedReference, gather_kept, initialised
 from chase_fx.passes.rewrite import channels_for
 
@@ -53,6 +53,7 @@ class VerificationReport:
         dtype: the precision that decided.
         outputs: how many output tensors were compared.
         nodes: how many nodes of the dense graph ran under masks.
+        unseen: lines at which data decide, of which one way was not compared: it can't run on the example's data.
     """
 
     difference: float
@@ -60,11 +61,13 @@ class VerificationReport:
     dtype: torch.dtype
     outputs: int
     nodes: int
+    unseen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        unseen = f"; one way not compared at {', '.join(self.unseen)}" if self.unseen else ""
         return (
             f"exact: {self.outputs} outputs differ by at most {self.difference:.1e} (relative, {self.dtype}), "
-            f"{self.nodes} nodes compared"
+            f"{self.nodes} nodes compared{unseen}"
         )
 
 
@@ -72,7 +75,7 @@ class VerificationReport:
 def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     """Compare a slim module with the masked dense module that it was made from.
 
-    Where data decide which way the forward goes, the other ways are compared too, on the same data.
+    Where data decide which way the forward goes, each way is compared, on the same data.
 
     Raises:
         VerificationError: they differ; ``node`` names the first node that does.
@@ -93,25 +96,30 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     dtype = floats[0] if floats else torch.get_default_dtype()
     tolerance = _EXACT if dtype is torch.float64 else _QUICK
 
-    def compare(*, against: bool) -> tuple[VerificationReport, Node | None]:
-        report, node = _compare(
-            traced, slim, channels, masks, inputs, dtype=dtype, tolerance=tolerance, against=against
-        )
-        if node is None or dtype is torch.float64:
-            return report, node
+    def compare(forced: Mapping[str, bool]) -> tuple[VerificationReport, Node | None, Mapping[str, bool]]:
+        found = _compare(traced, slim, channels, masks, inputs, forced=forced, dtype=dtype, tolerance=tolerance)
+        if found[1] is None or dtype is torch.float64:
+            return found
         wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
         doubled = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
-        return _compare(
-            wide, wide_slim, channels, masks, doubled, dtype=torch.float64, tolerance=_EXACT, against=against
-        )
+        return _compare(wide, wide_slim, channels, masks, doubled, forced=forced, dtype=torch.float64, tolerance=_EXACT)
 
-    report, node = compare(against=False)
-    if node is None and decides(traced.graph):
+    report, node, taken = compare({})
+    seen = set(taken.items())
+    failed: list[str] = []
+    lines = {n.name: str(n.meta.get("source")) for n in traced.graph.nodes}
+    for forced in ways(traced.graph):
+        way = list(forced.items())[-1]
+        if node is not None or way in seen:
+            continue
         try:
-            other, node = compare(against=True)
-        except _NoReferenceError:  # the example's data can't go all of the other ways at once
-            other = report
+            other, node, taken = compare(forced)
+        except _NoReferenceError:  # the example's data can't go there
+            failed.append(lines[way[0]])
+            continue
+        seen |= taken.items()
         report = other if node is not None or other.difference > report.difference else report
+    report = replace(report, unseen=tuple(dict.fromkeys(failed)))
     if node is not None:
         source = node.meta.get("source") or "unknown line"
         raise VerificationError(
@@ -131,10 +139,10 @@ def _compare(
     masks: Mapping[Atom, np.ndarray],
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
     *,
+    forced: Mapping[str, bool],
     dtype: torch.dtype,
     tolerance: float,
-    against: bool = False,
-) -> tuple[VerificationReport, Node | None]:
+) -> tuple[VerificationReport, Node | None, Mapping[str, bool]]:
     modes = [{m: m.training for m in root.modules()} for root in (traced, slim)]
     buffers = {b: b.clone() for root in (traced, slim) for b in root.buffers()}
     trainable = [p for root in (traced, slim) for p in root.parameters() if p.requires_grad]
@@ -145,9 +153,9 @@ def _compare(
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
         with torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True), ConstantDraws():
-            reference = MaskedReference(traced, channels, 0, masks, against=against)
+            reference = MaskedReference(traced, channels, 0, masks, forced)
             expected = _expected(reference, inputs)
-            recorded = _Recording(slim, against=against)
+            recorded = _Recording(slim, forced)
             try:
                 with _same_draws():
                     found = recorded.run(*_placed(recorded, inputs))
@@ -180,8 +188,9 @@ def _compare(
         worst = max(worst, gross[1])
     report = VerificationReport(worst, tolerance, dtype, len(pairs), len(reference.values))
     if gross is not None:
-        return report, gross[0]
-    return report, None if worst <= tolerance else _first_difference(slim, reference, recorded, tolerance)
+        return report, gross[0], reference.taken
+    first = None if worst <= tolerance else _first_difference(slim, reference, recorded, tolerance)
+    return report, first, reference.taken
 
 
 class _NoReferenceError(VerificationError):
@@ -205,8 +214,8 @@ def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[st
 class _Recording(Following):
     """Keeps a copy of every node's value (a later node may write to it in place)."""
 
-    def __init__(self, module: TracedModule, *, against: bool) -> None:
-        super().__init__(module, module.graph, against=against)
+    def __init__(self, module: TracedModule, forced: Mapping[str, bool]) -> None:
+        super().__init__(module, module.graph, forced)
         self.values: dict[str, torch.Tensor] = {}
 
     def compute(self, node: Node) -> Any:

@@ -288,3 +288,105 @@ def test_data_and_draws() -> None:
         for x in DATA:
             assert_same(model, traced, x)
             same(model, traced, x)
+
+
+class Equal(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = x[:, :1].sqrt()  # NaN for negative numbers, and no NaN equals another one
+        return self.last(self.other(y) if torch.equal(z, z.clone()) else y)
+
+
+class Data(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y, positive = self.first(x), x[0, 0] > 0
+        if positive:
+            y = self.other(y)
+        positive.data.logical_not_()  # a write that torch's version of a tensor leaves out
+        return self.last(F.relu(y) if positive else y)
+
+
+@pytest.mark.parametrize("kind", [Equal, Data])
+def test_truths_are_those_of_the_model(kind: Callable[[], nn.Module]) -> None:
+    model = model_of(kind)
+    traced = chase_fx.trace(model, DATA[0])
+    for x in DATA:
+        assert_same(model, traced, x)
+
+
+class Flags(Net):
+    """Python remembers what was decided: something happens for some combinations only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, found = self.first(x), ""
+        for number, truth in enumerate((x[0, 0] > 0, x[0, 1] > 0)):
+            found += str(number) if truth else ""
+        if found == "01" and x.shape[0] > 5:
+            y = self.other(y)
+        return self.last(y)
+
+
+class Apart(Flags):
+    """Likewise, with a line for each decision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, a, b = self.first(x), False, False
+        if x[0, 0] > 0:
+            a = True
+        if x[0, 1] > 0:
+            b = True
+        if a and b and x.shape[0] > 5:
+            y = self.other(y)
+        return self.last(y)
+
+
+class Four(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y, found = self.first(x), []
+        if x[0, 0] > 0:
+            found.append(0)
+        if x[0, 1] > 0:
+            found.append(1)
+        if x[1, 0] > 0:
+            found.append(2)
+        if x[1, 1] > 0:
+            found.append(3)
+        return self.last(self.other(y) if found == [0, 1] else y)
+
+
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+@pytest.mark.parametrize("kind", [Flags, Apart, Four])
+def test_what_combinations_decide_is_never_left_out(kind: Callable[[], nn.Module]) -> None:
+    """Also where they only ask for a size, and where no two decisions show it."""
+    model = model_of(kind)
+    traced = chase_fx.trace(model, -DATA[0])
+    assert_same(model, traced, -DATA[0])
+    for a, b in ((1, 1), (1, -1), (-1, 1)):
+        x = signs(a, b, -1).repeat(2, 1)
+        x[1, 1] = -1
+        try:
+            assert_same(model, traced, x)
+        except OtherPathError:
+            continue
+
+
+def test_verify_looks_at_ways_inside_of_ways() -> None:
+    """Which the opposite of all outcomes at once does not reach."""
+
+    class Inside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if x[0, 0] > 0:
+                y = self.layer(y)
+                if x[0, 1] < 0:
+                    y = y + F.relu(self.other(y))
+            return self.last(y)
+
+    model = model_of(Inside)
+    traced = chase_fx.trace(model, DATA[0])
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(channel_sparsity=0.5))
+    assert chase_fx.verify(traced, slim).unseen == ()
+    with torch.no_grad():
+        slim.get_submodule("other").weight.mul_(1.1)
+    with pytest.raises(VerificationError, match=r"test_both_ways\.py:\d+"):
+        chase_fx.verify(traced, slim)
