@@ -20,6 +20,7 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.ambient import add_regions, asks
 from chase_fx.graphs.attempts import Captured, Inputs, Way, captured, copy_of, record
 from chase_fx.graphs.composition import check_combinations, compose, unname_result
+from chase_fx.graphs.guards import check_data
 from chase_fx.graphs.outcomes import Decision, Outcomes
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.runs import OtherStructureError, Pool
@@ -34,6 +35,8 @@ __all__ = ["both_ways"]
 _AT_A_PLACE = 4
 # How much larger than its longest way a graph with both ways of decisions by data may be.
 _GROWTH = 3
+# Decisions of which all combinations are captured (see :func:`.ways.patterns`).
+_TOGETHER = 4
 # Captures that decisions by data may cost, besides those of draws.
 _CAPTURES = 24
 
@@ -47,13 +50,15 @@ def both_ways(model: nn.Module, inputs: Inputs, way: Way) -> Captured:
     found = _both_ways(model, inputs, way)
     if asks(found[2].code):
         with suppress(CaptureError):  # where it can't run inside a region of autocast, no call has one
-            add_regions(found[0], _both_ways(model, inputs, replace(way, ambient=True))[0])
+            there = replace(way, ambient=True, unroll=found[2].unroll)
+            add_regions(found[0], _both_ways(model, inputs, there)[0])
     return found
 
 
 def _both_ways(model: nn.Module, inputs: Inputs, way: Way) -> Captured:
     first = record(model, inputs, way)
-    if first.unrolled and not way.fake and not way.training and not _same_results(model, inputs, first):
+    judged = first.unrolled and not (way.fake or way.training or way.ambient)
+    if judged and not _same_results(model, inputs, first):
         first = record(model, inputs, replace(way, unroll=False))
     ways = _Ways(model, inputs, way, first)
     while any(map(ways.has_both, first.decisions)):
@@ -123,6 +128,8 @@ class _Ways:
             recorder = self._capture(())
         pool = _pool(recorder, self.has_both)
         parts = decide(recorder, self._capture, pool)
+        if len(parts.branches) > _TOGETHER and any(step.node.target is check_data for step in parts.branches):
+            raise OtherStructureError("there are too many decisions to see them in all combinations")
         found = [d.found if not d.drawn else d.outcome for d in first.decisions if self.has_both(d)]
         graph, outputs = compose(parts, pool, found)
         check_combinations(parts, self._capture, pool)

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.ambient import inside_region
+from chase_fx.graphs.branches import follow
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
@@ -28,6 +29,7 @@ from chase_fx.graphs.outcomes import Outcomes
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standins import ValuesNeeded
+from chase_fx.graphs.tape import Slot
 from chase_fx.graphs.traced import Capture, OutputLeaf
 from chase_fx.graphs.trees import named_tensors, tensors_in
 from chase_fx.graphs.whole import Function
@@ -184,7 +186,17 @@ def captured(recorder: Recorder) -> Captured:
         recorder.reads_training = True
     nodes = frozenset(node.name for node in recorder.graph.nodes)
     mode = "train" if recorder.training else "eval"
-    return recorder.graph, Capture(mode, recorder.tape, recorder.outputs, nodes), recorder
+    conditions = tuple(slot for node in recorder.graph.nodes if node.target is follow for slot in _slots_behind(node))
+    return recorder.graph, Capture(mode, recorder.tape, recorder.outputs, nodes, conditions), recorder
+
+
+def _slots_behind(node: Node) -> Iterator[Slot]:
+    """The tensors that ``node`` is made of, directly or by way of numbers."""
+    for part in node.all_input_nodes:
+        if isinstance(part.meta.get("slot"), Slot):
+            yield part.meta["slot"]
+        else:
+            yield from _slots_behind(part)
 
 
 def _check(recorder: Recorder, known: set[int]) -> None:

@@ -204,8 +204,11 @@ def _live_ops(capture: Capture) -> set[int]:
 
 
 def _measured_ops(capture: Capture) -> set[int]:
-    """Positions of the calls that no output's value depends on: their results are measured, or something is decided."""
-    slots = {leaf.slot.index for leaf in capture.outputs}
+    """Positions of the calls that no output's value depends on: their results are measured, or a guard compares them.
+
+    Where a decision is made anew at each call, outputs depend on what it is made by.
+    """
+    slots = {leaf.slot.index for leaf in capture.outputs} | {slot.index for slot in capture.conditions}
     storages = {leaf.slot.storage for leaf in capture.outputs}
     storages.update(slot.storage for slot in capture.tape.slots if slot.kind == "buffer")  # those outlive the forward
     measured: set[int] = set()

@@ -46,6 +46,7 @@ class Capture:
     tape: Tape
     outputs: tuple[OutputLeaf, ...]
     nodes: frozenset[str] = frozenset()  # the nodes that the graph kept
+    conditions: tuple[Slot, ...] = ()  # what data decide by which way runs
 
 
 @dataclass

@@ -354,8 +354,28 @@ class Four(Net):
         return self.last(self.other(y) if found == [0, 1] else y)
 
 
+class Six(Net):
+    """More decisions than are captured in all combinations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, found = self.first(x), []
+        if x[0, 0] > 0:
+            found.append(0)
+        if x[0, 1] > 0:
+            found.append(1)
+        if x[1, 0] > 0:
+            found.append(2)
+        if x[1, 1] > 0:
+            found.append(3)
+        if x[0, 2] > 0:
+            found.append(4)
+        if x[1, 2] > 0:
+            found.append(5)
+        return self.last(self.other(y) if found == [0, 1, 4] else y)
+
+
 @pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
-@pytest.mark.parametrize("kind", [Flags, Apart, Four])
+@pytest.mark.parametrize("kind", [Flags, Apart, Four, Six])
 def test_what_combinations_decide_is_never_left_out(kind: Callable[[], nn.Module]) -> None:
     """Also where they only ask for a size, and where no two decisions show it."""
     model = model_of(kind)
@@ -363,7 +383,7 @@ def test_what_combinations_decide_is_never_left_out(kind: Callable[[], nn.Module
     assert_same(model, traced, -DATA[0])
     for a, b in ((1, 1), (1, -1), (-1, 1)):
         x = signs(a, b, -1).repeat(2, 1)
-        x[1, 1] = -1
+        x[1, :3], x[0, 2] = -1, 1
         try:
             assert_same(model, traced, x)
         except OtherPathError:
@@ -390,3 +410,21 @@ def test_verify_looks_at_ways_inside_of_ways() -> None:
         slim.get_submodule("other").weight.mul_(1.1)
     with pytest.raises(VerificationError, match=r"test_both_ways\.py:\d+"):
         chase_fx.verify(traced, slim)
+
+
+class ByChannels(Net):
+    """The channels decide: without some of them, others would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if y.max() < -1:
+            y = F.relu(self.other(y))
+        return self.last(y)
+
+
+def test_channels_that_decide_stay() -> None:
+    model = model_of(ByChannels)
+    traced = chase_fx.trace(model, DATA[0])
+    channels = chase_fx.analyze(traced)
+    assert "max" in channels.frozen["first.weight", 0]
+    assert not any(member.tensor == "first.weight" for group in channels.groups for member in group.members)

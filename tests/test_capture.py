@@ -7,6 +7,7 @@ import functools
 import math
 import runpy
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +525,22 @@ def test_a_loop_is_unrolled_for_the_places_that_its_body_can_serve() -> None:
     rows = torch.randn(30, 5, dtype=torch.float64)
     assert torch.equal(traced(rows), model(rows))
     assert difference(masked_copy(model, slim.plan.kept_indices())(rows), slim(rows)) <= EXACT
+
+
+def test_loops_are_unrolled_where_the_forward_asks_for_autocast() -> None:
+    """Then a second capture runs inside a region, whose results are of another type."""
+
+    class Asking(Spare):
+        def forward(self, x: Tensor) -> Tensor:
+            off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+            with off:
+                x = x * 2
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, rows = randomise(Asking()).float(), torch.randn(30, 5)
+    traced = chase_fx.trace(model, rows[:1])
+    assert torch.equal(traced(rows), model(rows))
 
 
 def test_types_of_python_are_dtypes() -> None:
