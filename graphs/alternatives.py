@@ -181,6 +181,7 @@ class _Ways:
         both = {d.read for known in self._known for d in known.decisions if not d.drawn and self.has_both(d)}
         reads = dict.fromkeys(text for known in self._known for text in known.specialised if text not in both)
         recorder.specialised[:] = list(reads)
+        recorder.decided = sorted(both)
         for known in self._known:
             recorder.mode_readers |= known.mode_readers
             recorder.reads_training |= known.reads_training

@@ -119,10 +119,12 @@ def trace(
             apply_changes(train_graph, again, root, precision[0])
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
-    if specialised:
+    read = [*specialised, *recorder.decided, *(train[2].decided if train is not None else ())]
+    if read:
         warnings.warn(
-            "the forward reads tensor data or random numbers into Python, so the graph holds the way that it took by "
-            "them, and refuses data that take another: " + "; ".join(dict.fromkeys(specialised)),
+            "the forward reads tensor data or random numbers into Python. Where the graph can't hold both ways, and "
+            "where it is compiled, it keeps the way that the example took and refuses data that take another: "
+            + "; ".join(dict.fromkeys(read)),
             SpecializationWarning,
             stacklevel=4,  # past the decorators
         )

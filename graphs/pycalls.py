@@ -16,6 +16,8 @@ import functools
 import itertools
 import math
 import operator
+import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -190,6 +192,7 @@ _LIVE: dict[int, Any] = {
 _PREFIX = "_chase_live_"
 _MODULES = {_PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType)}
 _floats: dict[str, Watchful] = {}  # global variables of modules
+_hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
 
 
@@ -205,29 +208,69 @@ def live_calls(code: Code) -> Iterator[None]:
         undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    names: dict[str, Any] = {}
     forget_texts()
+    redirected = [(function, new) for function in code.functions if (new := _of(function)) is not function.__code__]
+    with _names_of_live_calls({part for _, new in redirected for part in _nested(new)}):
+        try:
+            for cell in code.caches:
+                change(cell, "cell_contents", Uncached(cell.cell_contents))
+            for function, new in redirected:
+                change(function, "__code__", new)
+            for function in code.functions:
+                if function.__defaults__ and any(type(value) is float for value in function.__defaults__):
+                    change(function, "__defaults__", tuple(_constant(value, {}) for value in function.__defaults__))
+            yield
+        finally:
+            for owner, name, value in reversed(undo):
+                setattr(owner, name, value)
+
+
+def _of(function: types.FunctionType) -> types.CodeType:
+    """The redirected code of ``function``."""
+    original = function.__code__
+    known = _redirected.get(function)
+    if known is None or known[0] is not original:
+        known = _redirected[function] = original, _redirect(original, function.__globals__)
+    return known[1]
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _nested(constant)
+
+
+@contextmanager
+def _names_of_live_calls(changed: set[types.CodeType]) -> Iterator[None]:
+    """What redirected code needs: there before any of it can run, and as long as another thread is inside of it.
+
+    The functions are everybody's, so a thread may call one meanwhile and return from it afterwards. Then all stays for
+    good, which changes nothing for other code, and the next block takes it over.
+    """
+    if builtins.__import__ is not _hooks.get("ours"):
+        _hooks.update(original=builtins.__import__, ours=import_hook())
+    names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
+    vars(builtins).update(names)
+    vars(builtins)["__import__"] = _hooks["ours"]
     try:
-        for cell in code.caches:
-            change(cell, "cell_contents", Uncached(cell.cell_contents))
-        for function in code.functions:
-            original = function.__code__
-            known = _redirected.get(function)
-            if known is None or known[0] is not original:
-                known = _redirected[function] = original, _redirect(original, function.__globals__)
-            if known[1] is not original:
-                change(function, "__code__", known[1])
-            if function.__defaults__ and any(type(value) is float for value in function.__defaults__):
-                change(function, "__defaults__", tuple(_constant(value, {}) for value in function.__defaults__))
-        names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
-        vars(builtins).update(names)
-        change(builtins, "__import__", import_hook())
         yield
     finally:
-        for owner, name, value in reversed(undo):
-            setattr(owner, name, value)
-        for name in names:
-            del vars(builtins)[name]
+        if not _runs_elsewhere(changed):
+            vars(builtins)["__import__"] = _hooks["original"]
+            for name in [name for name in vars(builtins) if name in _floats or name.startswith(_PREFIX)]:
+                del vars(builtins)[name]
+
+
+def _runs_elsewhere(codes: set[types.CodeType]) -> bool:
+    own = threading.get_ident()
+    for thread, frame in sys._current_frames().items():
+        at: types.FrameType | None = None if thread == own else frame
+        while at is not None:
+            if at.f_code in codes:
+                return True
+            at = at.f_back
+    return False
 
 
 def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:

@@ -40,6 +40,7 @@ class Recording(TorchFunctionMode):
         self.standins = None if values else StandIns()
         self.tape_mode = TapeMode(self.tape, self.standins)
         self.specialised = self.arguments.specialised
+        self.decided: list[str] = []  # what the forward read from data, where the graph has both ways
         self.deciders: dict[str, tuple[FunctionName, ...]] = {}
         self.reads: dict[str, tuple[FunctionName, ...]] = {}
         self.reads_dtype = False  # of a tensor of floats

@@ -50,8 +50,7 @@ class Following(Interpreter):
     def run(self, *args: Any) -> Any:  # type: ignore[override]
         """The result for ``args``, one for each placeholder.
 
-        ``Interpreter.run`` would make a progress bar for each run, shown or not: bars share a lock with a thread that
-        watches them, and on a busy machine both have waited for it for ever.
+        ``Interpreter.run`` would make a progress bar for each run, shown or not, and a thread that watches it.
         """
         self._ways, self._runs, self.env, self.args_iter = [], True, {}, iter(args)
         for node in self.graph.nodes:

@@ -20,6 +20,8 @@ from chase_fx.graphs.branches import follow
 from tests.oracle import assert_exact, randomise
 from tests.test_draws import same
 
+pytestmark = pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+
 
 class Net(nn.Module):
     """Layers of which subclasses say when they run."""
@@ -222,7 +224,6 @@ class Often(Net):
         return self.last(self.layer(y))
 
 
-@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
 @pytest.mark.parametrize("kind", [Raising, Shaped, Cut, Often])
 def test_guards_where_both_ways_do_not_fit(kind: Callable[[], nn.Module]) -> None:
     model = model_of(kind)
@@ -374,7 +375,6 @@ class Six(Net):
         return self.last(self.other(y) if found == [0, 1, 4] else y)
 
 
-@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
 @pytest.mark.parametrize("kind", [Flags, Apart, Four, Six])
 def test_what_combinations_decide_is_never_left_out(kind: Callable[[], nn.Module]) -> None:
     """Also where they only ask for a size, and where no two decisions show it."""

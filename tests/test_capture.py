@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import functools
 import math
@@ -541,6 +542,36 @@ def test_loops_are_unrolled_where_the_forward_asks_for_autocast() -> None:
     model, rows = randomise(Asking()).float(), torch.randn(30, 5)
     traced = chase_fx.trace(model, rows[:1])
     assert torch.equal(traced(rows), model(rows))
+
+
+def _backwards(items: list[int], entered: threading.Event, go_on: threading.Event) -> list[int]:
+    entered.set()
+    go_on.wait(60)
+    return [max(item, 0) for item in items[::-1]]
+
+
+def test_threads_may_leave_functions_of_the_forward_after_the_capture() -> None:
+    """The functions are everybody's: a thread that is inside of one during a capture goes on as if there were none."""
+    entered, go_on, found = threading.Event(), threading.Event(), []
+
+    class Calling(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            if not entered.is_set():
+                thread.start()
+                entered.wait(60)
+            return self.b(self.a(x) * _backwards([1, 2], entered, after)[0])
+
+    after = threading.Event()
+    after.set()
+    thread = threading.Thread(target=lambda: found.append(_backwards([1, 2, 3], entered, go_on)))
+    original = builtins.__import__
+    chase_fx.trace(Calling(), torch.randn(3, 4))
+    go_on.set()
+    thread.join()
+    assert found == [[3, 2, 1]]
+    chase_fx.trace(Calling(), torch.randn(3, 4))
+    assert builtins.__import__ is original
+    assert not any(name.startswith("_chase_live_") for name in vars(builtins))
 
 
 def test_types_of_python_are_dtypes() -> None:

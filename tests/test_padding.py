@@ -24,6 +24,8 @@ ONES = torch.ones_like(IDS)
 PADDED = ONES.clone()
 PADDED[0, 5:] = PADDED[2, 3:] = 0
 
+pytestmark = pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+
 
 def model_of(name: str, attention: str) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(vocab_size=50, max_position_embeddings=40, **SIZES[name])

@@ -81,7 +81,7 @@ def test_a_spread_keeps_two_units_of_an_axis_that_is_factored_later() -> None:
 
 
 def test_no_progress_bar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars share a lock with a thread, also those that are not shown, and runs have hung on it."""
+    """Each would start a thread, also one that is not shown."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a progress bar was made")
