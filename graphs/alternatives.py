@@ -27,7 +27,7 @@ from chase_fx.graphs.runs import OtherStructureError, Pool
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.traced import OutputLeaf
 from chase_fx.graphs.trees import tensors_in
-from chase_fx.graphs.ways import decide, take_long_ways
+from chase_fx.graphs.ways import TOGETHER, decide, take_long_ways
 
 __all__ = ["both_ways"]
 
@@ -35,8 +35,6 @@ __all__ = ["both_ways"]
 _AT_A_PLACE = 4
 # How much larger than its longest way a graph with both ways of decisions by data may be.
 _GROWTH = 3
-# Decisions of which all combinations are captured (see :func:`.ways.patterns`).
-_TOGETHER = 4
 # Captures that decisions by data may cost, besides those of draws.
 _CAPTURES = 24
 
@@ -128,7 +126,7 @@ class _Ways:
             recorder = self._capture(())
         pool = _pool(recorder, self.has_both)
         parts = decide(recorder, self._capture, pool)
-        if len(parts.branches) > _TOGETHER and any(step.node.target is check_data for step in parts.branches):
+        if len(parts.branches) > TOGETHER and any(step.node.target is check_data for step in parts.branches):
             raise OtherStructureError("there are too many decisions to see them in all combinations")
         found = [d.found if not d.drawn else d.outcome for d in first.decisions if self.has_both(d)]
         graph, outputs = compose(parts, pool, found)

@@ -40,8 +40,9 @@ from chase_fx.graphs.runs import (
     step_args,
 )
 
-__all__ = ["Branch", "Capture", "Decided", "decide", "patterns", "take_long_ways"]
+__all__ = ["TOGETHER", "Branch", "Capture", "Decided", "decide", "patterns", "take_long_ways"]
 
+TOGETHER = 4  # decisions of which all combinations are captured
 Capture = Callable[[tuple[bool, ...]], Recorder]  # a capture whose first decisions go as told
 
 
@@ -292,7 +293,7 @@ def patterns(number: int) -> Iterator[tuple[bool, ...]]:
 
     Those of one or no draw are left out.
     """
-    if number <= 4:
+    if number <= TOGETHER:
         yield from (p for p in product((False, True), repeat=number) if sum(p) > 1)
         return
     rows = next(n for n in range(2, number + 2) if comb(n, n // 2) >= number)
