@@ -342,8 +342,12 @@ class Apart(Flags):
 
 
 class Four(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        y, found = self.first(x), []
+    """As many decisions as are captured in all combinations, each at a place of its own."""
+
+    wanted = (0, 1)
+
+    def decide(self, x: Tensor) -> list[int]:
+        found = []
         if x[0, 0] > 0:
             found.append(0)
         if x[0, 1] > 0:
@@ -352,27 +356,25 @@ class Four(Net):
             found.append(2)
         if x[1, 1] > 0:
             found.append(3)
-        return self.last(self.other(y) if found == [0, 1] else y)
-
-
-class Six(Net):
-    """More decisions than are captured in all combinations."""
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
-        y, found = self.first(x), []
-        if x[0, 0] > 0:
-            found.append(0)
-        if x[0, 1] > 0:
-            found.append(1)
-        if x[1, 0] > 0:
-            found.append(2)
-        if x[1, 1] > 0:
-            found.append(3)
+        y = self.first(x)
+        return self.last(self.other(y) if tuple(self.decide(x)) == self.wanted else y)
+
+
+class Six(Four):
+    """More of them."""
+
+    wanted = (0, 1, 4)
+
+    def decide(self, x: Tensor) -> list[int]:
+        found = super().decide(x)
         if x[0, 2] > 0:
             found.append(4)
         if x[1, 2] > 0:
             found.append(5)
-        return self.last(self.other(y) if found == [0, 1, 4] else y)
+        return found
 
 
 @pytest.mark.parametrize("kind", [Flags, Apart, Four, Six])
