@@ -414,6 +414,27 @@ def test_verify_looks_at_ways_inside_of_ways() -> None:
         chase_fx.verify(traced, slim)
 
 
+def test_verify_says_which_way_it_could_not_go() -> None:
+    """Of what is left of the channels, the example's rows have no Cholesky factor."""
+
+    class Factor(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            rows = y @ y.T
+            if x.sum() > 1000:
+                rows = torch.linalg.cholesky(rows)
+            return rows
+
+    model = model_of(Factor)
+    x = DATA[0][:3]
+    traced = chase_fx.trace(model, x)
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(channel_sparsity=0.8))
+    report = chase_fx.verify(traced, slim)
+    assert len(report.unseen) == 1
+    assert "test_both_ways.py" in report.unseen[0]
+    assert f"one way not compared at {report.unseen[0]}" in str(report)
+
+
 class ByChannels(Net):
     """The channels decide: without some of them, others would."""
 
