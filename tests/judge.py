@@ -144,6 +144,7 @@ def judge(name: str) -> Record:
     """Everything that the table says of one model. Never raises."""
     torch.set_num_threads(1)
     record: Record = {"name": name, "state": "unbuilt", "warnings": []}
+    start = time.process_time()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -159,6 +160,7 @@ def judge(name: str) -> Record:
     except Exception as e:  # noqa: BLE001 - whatever happens is the finding
         record["reason"] = _reason(e)
         record["traceback"] = traceback.format_exc()[-2500:]
+    record["cpu_seconds"] = time.process_time() - start
     return record
 
 

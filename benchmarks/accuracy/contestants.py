@@ -21,7 +21,7 @@ import chase_fx
 from chase_fx import sparse
 from chase_fx.data import Split
 from chase_fx.demo.measure import count_flops
-from chase_fx.demo.train import Recipe, fit, make_optimizer
+from chase_fx.demo.train import BATCH, Recipe, fit, make_optimizer
 from chase_fx.graphs.channels import Group
 from chase_fx.graphs.magnitude import Magnitude
 from chase_fx.graphs.traced import TracedModule
@@ -77,12 +77,14 @@ def dense(contest: Contest) -> TracedModule:
 
 
 def sparse_method(
-    contest: Contest, method: str, channel_sparsity: float, *, rescale: bool = False, **options: Any
-) -> TracedModule:
+    contest: Contest, method: str, channel_sparsity: float, *, rescale: bool = False, recalibrate: bool = False,
+    **options: Any,
+) -> TracedModule:  # fmt: skip
     """A method of :mod:`chase_fx.sparse` with the channel rule and live shrink.
 
     With ``rescale``, each filter of the initial network is multiplied by the root of the inverse of its density, which
-    keeps the variance of what it computes (Evci et al., arXiv 2010.03533).
+    keeps the variance of what it computes (Evci et al., arXiv 2010.03533). With ``recalibrate``, the running statistics
+    of the slim module's norms are estimated again in the end.
     """
     model = contest.network()
     optimizer = make_optimizer(model)
@@ -95,6 +97,8 @@ def sparse_method(
     contest.train(model, trainer.step, optimizer=optimizer)
     slim = trainer.finalize()
     assert isinstance(slim, TracedModule)
+    if recalibrate:
+        _recalibrate(slim, contest)
     return slim
 
 
@@ -141,6 +145,18 @@ def _rescale(model: TracedModule, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         density = mask.flatten(1).float().mean(1).clamp(min=1 / mask[0].numel())
         model.get_parameter(name).mul_(density.rsqrt().view(-1, *[1] * (mask.dim() - 1)))
+
+
+@torch.no_grad()
+def _recalibrate(model: nn.Module, contest: Contest, batches: int = 100) -> None:
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+    order = torch.randperm(len(contest.data), generator=torch.Generator().manual_seed(contest.seed))
+    model.train()
+    for rows in order.split(BATCH)[:batches]:
+        model(contest.data.images[rows])
 
 
 def _at_random(contest: Contest) -> Callable[[Group], Tensor]:

@@ -55,6 +55,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "score: bn_scale": {**REFILLED, "channel_score": "bn_scale"},
     "score: activation": {**REFILLED, "channel_score": "activation"},
     "score: random": {**REFILLED, "channel_score": "random"},
+    "statistics of norms estimated again": {**REFILLED, "recalibrate": True},
 }  # fmt: skip
 VARIANTS_AT = {0.7: tuple(VARIANTS), 0.85: tuple(VARIANTS)[:3]}
 _OTHERS_AT = 0.7
