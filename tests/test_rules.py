@@ -274,6 +274,12 @@ def _untransposed(y: Tensor, *sizes: int) -> Tensor:
     return y.flatten(2).mT.reshape(y.shape[0], *sizes)
 
 
+def _looked_up_by_place(y: Tensor) -> Tensor:
+    groups = y.shape[1] // 16
+    flat = y.reshape(y.shape[0], groups, 16, -1)[..., torch.arange(y.shape[2] * y.shape[3])]
+    return flat.reshape(y.shape[0], groups, 16, *y.shape[2:]).squeeze(1)
+
+
 @pytest.mark.parametrize("side", [1, 2, 4])
 @pytest.mark.parametrize(
     ("step", "kept"),
@@ -287,6 +293,7 @@ def _untransposed(y: Tensor, *sizes: int) -> Tensor:
             8,
         ),
         (lambda y: y.flatten(2).mT.reshape(y.shape[0], y.shape[2] * y.shape[3] * 4, 4).reshape(y.shape[0], -1, 16), 8),
+        (_looked_up_by_place, 8),
     ],
 )
 def test_views_across_space_hold_at_every_size(step: Callable[[Tensor], Tensor], kept: int, side: int) -> None:

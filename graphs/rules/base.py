@@ -200,7 +200,8 @@ def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
 
 
 # Details of axes that are no channels and whose size the code tells, whatever goes in.
-_TOLD_BY_CODE = frozenset({"stacked", "a window", "pixels", "real and imaginary", "kernel size"})
+TOLD = "size 1, whatever goes in"
+_TOLD_BY_CODE = frozenset({TOLD, "stacked", "a window", "pixels", "real and imaginary", "kernel size"})
 
 
 Rule = Callable[[LabelledOp], "Labels | Sequence[Labels] | Refusal"]

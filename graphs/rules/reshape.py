@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from chase_fx.graphs.axes import Axis, Prod, atoms_of
-from chase_fx.graphs.rules.base import LabelledOp, Labels
+from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 
@@ -19,11 +19,19 @@ def reshape(op: LabelledOp) -> Labels:
     """``view``, ``reshape``, ``flatten``, ``unflatten``, ``_unsafe_view``."""
     x = next(op.op.inputs())
     before = op[x]
-    after = reshape_labels(op, before, op.out.shape)
+    after = _told(op, reshape_labels(op, before, op.out.shape))
     if _depends_on_space(op, before, after):
         for axis in before:
             op.freeze(axis, "a view mixes it with space, in a way that the size of the input decides")
     return after
+
+
+def _told(op: LabelledOp, labels: Labels) -> Labels:
+    """Dims of size 1 that are so by the code or by the channels are told from space that is of size 1."""
+    if not any(axis.size == 1 for axis in labels):
+        return labels
+    told = [read is not None and True not in read for read in op.read_from()]
+    return tuple(op.fixed(1, TOLD) if axis.size == 1 and t else axis for axis, t in zip(labels, told, strict=True))
 
 
 def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
