@@ -27,6 +27,7 @@ from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.modes import enter_mode
 from chase_fx.graphs.outcomes import Outcomes
 from chase_fx.graphs.recorder import Recorder
+from chase_fx.graphs.remembered import Attributes, forget
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standins import ValuesNeeded
 from chase_fx.graphs.tape import Slot
@@ -42,7 +43,11 @@ Captured = tuple[Graph, Capture, Recorder]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every capture of one model shares."""
+    """What every capture of one model shares.
+
+    Attributes:
+        forgotten: what its copies are not to remember of earlier forwards.
+    """
 
     bound: inspect.BoundArguments
     args: tuple[Any, ...]
@@ -50,6 +55,7 @@ class Inputs:
     device: torch.device | None
     leaves: Leaves
     whole: tuple[Function, ...]
+    forgotten: Attributes = frozenset()
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake else None
     device = inputs.device if fake is None else torch.device("cpu")
     root = copy_of(model, fake)
+    forget(root, inputs.forgotten)
     enter_mode(root, training=way.training)
     buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)

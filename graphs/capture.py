@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.alternatives import both_ways
 from chase_fx.graphs.attempts import Captured, Inputs, Way, copy_of
 from chase_fx.graphs.autocast import casts
+from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.inputs import check_devices, check_model, given
@@ -32,6 +33,7 @@ from chase_fx.graphs.merge import merge, share_constants, share_rebuilds
 from chase_fx.graphs.modes import FLAG, TrainingFlag, has_own_train, modes_by_train
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
 from chase_fx.graphs.recorder import Recorder
+from chase_fx.graphs.remembered import Attributes, decides_by_memory, remade
 from chase_fx.graphs.traced import TracedModule, TraceInfo
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function, functions
@@ -89,6 +91,9 @@ def trace(
     inputs = Inputs(bound, arguments, keywords, device, declared(leaves, model), functions(whole))
     meta = device is not None and device.type == "meta"
     graph, capture, recorder = both_ways(model, inputs, Way(training=False, fake=meta))
+    if not meta and (memories := _memories(model, inputs, graph, recorder)):
+        inputs = replace(inputs, forgotten=memories)
+        graph, capture, recorder = both_ways(model, inputs, Way(training=False))
     root = copy_of(model) if meta else recorder.root
     train: Captured | None = None
     train_error = None
@@ -145,6 +150,18 @@ def trace(
         modes=modes_by_train(copy_of(model)) if has_own_train(model) else {},
     )
     return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+
+
+def _memories(model: nn.Module, inputs: Inputs, graph: Graph, recorder: Recorder) -> Attributes:
+    """What the model remembers of earlier forwards, where the graph holds for the sizes of these only."""
+
+    def run(prepare: Callable[[nn.Module], None]) -> tuple[nn.Module, Any]:
+        root = copy_of(model).eval()
+        prepare(root)
+        args, kwargs = duplicate((inputs.args, inputs.kwargs), {})
+        return root, root(*args, **kwargs)
+
+    return remade(run, model, decides_by_memory(graph, model, recorder.code))
 
 
 def _complete(
