@@ -6,6 +6,7 @@ Whatever reads it later, in whichever run, reads that.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,7 +233,9 @@ class _Composer(_Walk):
 
         parts = here((op.args, op.kwargs, op.outs, op.operands, op.sizes))
         args, kwargs, outs, operands, sizes = parts
-        return TapedOp(op.op, args, kwargs, outs, node.name, op.source, op.call, operands, whole=op.whole, sizes=sizes)
+        return dataclasses.replace(
+            op, args=args, kwargs=kwargs, outs=outs, node=node.name, operands=operands, sizes=sizes, read=None
+        )
 
 
 def compose(given: Decided, pool: Pool, found: Sequence[bool]) -> tuple[Graph, tuple[OutputLeaf, ...]]:

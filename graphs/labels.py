@@ -175,8 +175,11 @@ class _Propagation:
         if isinstance(answer, Refusal):
             return self._refuse(view, answer.reason)
         if (answer and isinstance(answer[0], Axis)) or (len(view.op.outs) == 1 and answer == ()):
-            return [answer]  # type: ignore[list-item]  # the labels of the only output
-        return list(answer)  # type: ignore[arg-type]  # those of each output
+            answer = [answer]  # type: ignore[list-item]  # the labels of the only output
+        found: list[Labels] = list(answer)  # type: ignore[arg-type]  # those of each output
+        if view.op.own_sizes:
+            _freeze_what_is_cut(view, found)
+        return found
 
     def _refuse(self, view: LabelledOp, reason: str) -> list[Labels]:
         op = view.op
@@ -190,6 +193,17 @@ class _Propagation:
             )
         self.labelling.unknown.append(Unknown(view.name, op.node, op.source, reason))
         return view.all_fixed(reason)
+
+
+def _freeze_what_is_cut(view: LabelledOp, outs: Sequence[Labels]) -> None:
+    """Inside an autograd function no size is replaced: what is torn into factors or pieces keeps all of its indices."""
+    for axis in [axis for slot in view.op.inputs() for axis in view[slot]]:
+        atoms = set(atoms_of(axis))
+        found = [atoms & set(atoms_of(out)) for labels in outs for out in labels]
+        if any(part and part != atoms for part in found):
+            view.freeze(axis, "cut inside an autograd function, whose sizes can't be replaced")
+    for axis in view.facts.notes.values():
+        view.freeze(axis, "a number inside an autograd function, which can't be replaced")
 
 
 def _unseen(slot: Slot, op: TapedOp | None) -> Labels:

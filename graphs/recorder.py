@@ -348,6 +348,8 @@ class Recorder(Drawing):
         start = len(self.tape.ops)
         with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
+        for op in self.tape.ops[start:]:
+            op.own_sizes = True
         node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
 

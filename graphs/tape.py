@@ -54,6 +54,7 @@ class TapedOp:
     call: str = ""  # the torch-level function or module of the node
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
     whole: bool = False  # inside a function that stays one call
+    own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
     sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
     read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
 

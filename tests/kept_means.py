@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 import chase_fx
 from tests.oracle import masked_copy, tensors
@@ -308,8 +309,9 @@ def _masked_result(
 
 
 def _drawn(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What ``root`` gives; a forward that draws numbers draws the same ones every time."""
+    """What ``root`` gives on copies of the inputs; a forward that draws numbers draws the same ones every time."""
     seed()
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a forward may write to its inputs
     return root(*args, **kwargs)
 
 

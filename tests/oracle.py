@@ -50,10 +50,10 @@ def randomise(model: nn.Module, args: tuple[Any, ...] | None = None, seed: int =
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                constant = bool((parameter == parameter.flatten()[0]).all())
+                constant = parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all())
                 if (name == "weight" and parameter.dim() == 1) or "scale" in name or name == "gamma":
                     parameter.copy_(gamma(parameter.shape))
-                elif parameter.dim() == 1:
+                elif parameter.dim() <= 1:
                     parameter.copy_(normal(parameter.shape, 0.3))
                 elif constant:
                     parameter.copy_(normal(parameter.shape, parameter[0].numel() ** -0.5))

@@ -27,6 +27,30 @@ class _Straight(torch.autograd.Function):
 straight = _Straight.apply  # bound before any capture
 
 
+class _Groups(torch.autograd.Function):
+    """Each of ``groups`` parts of the channels by its own length: sizes that only the function knows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int) -> Tensor:
+        y = x.reshape(x.shape[0], groups, x.shape[1] // groups)
+        return (y / (1 + y.square().sum(-1, keepdim=True))).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        return torch.cat([x[:, half:].exp(), x[:, :half]], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -47,6 +71,19 @@ def test_gradients_of_autograd_functions(step: Callable[..., Tensor]) -> None:
     for want, have in zip(used, traced.parameters(), strict=True):
         assert (want.grad is None) == (have.grad is None)
         assert want.grad is None or torch.allclose(want.grad, have.grad, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(lambda y: _Groups.apply(y, 2), 8), (_Halves.apply, 8), (straight, 4)])
+def test_what_an_autograd_function_cuts_stays(step: Callable[[Tensor], Tensor], kept: int) -> None:
+    """The sizes in it can't be replaced, so what it tears apart keeps its channels; what it does element by element not."""
+    parts = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "out": nn.Linear(8, 2)}
+    net = Net(lambda m, x: m.out(m.b(step(m.a(x))).tanh()), **parts).double()
+    traced = chase_fx.trace(net, torch.randn(3, 6).double())
+    channels = chase_fx.analyze(traced)
+    slim = chase_fx.rewrite(traced, channels.plan(0.5))
+    assert chase_fx.verify(traced, slim).difference < 1e-12
+    assert slim.a.out_features == kept
+    assert kept == 4 or "inside an autograd function" in channels.frozen["a.weight", 0]
 
 
 def test_a_parameter_that_asks_for_a_gradient_does_so_in_a_capture() -> None:
