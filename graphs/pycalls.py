@@ -139,6 +139,30 @@ def _getattr(owner: Any, name: str, *default: Any) -> Any:
     return getattr(owner, name, *default)
 
 
+class _Constructor:
+    """An old constructor of tensors, such as ``torch.FloatTensor(n, c)``: live sizes go to ``torch.empty``."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
+        if kwargs or not any(map(is_live, sizes)):
+            return self._cls(*args, **kwargs)
+        dtype = torch.get_default_dtype() if self._cls is torch.Tensor else self._cls.dtype
+        return torch.empty(*sizes, dtype=dtype, device="cpu")
+
+    def __getattr__(self, name: str) -> Any:  # ``torch.Tensor.add(x, y)``
+        return getattr(self._cls, name)
+
+
+class _Torch(types.ModuleType):
+    """The names of torch, as they are at any time, but for what is set here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]]) -> types.ModuleType:
     """A copy of a module's names, with other functions.
 
@@ -164,6 +188,9 @@ _FIXED = (bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
 _ITERTOOLS: dict[str, Callable[..., Any]] = {
     name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
 }
+_TYPES = ("", "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Bool")
+_TORCH = _Torch("torch")
+vars(_TORCH).update({f"{kind}Tensor": _Constructor(getattr(torch, f"{kind}Tensor")) for kind in _TYPES})
 # Every name that has a live meaning, by the identity of what it means: functions, and modules of functions.
 _LIVE: dict[int, Any] = {
     id(int): _derived(int),
@@ -180,6 +207,8 @@ _LIVE: dict[int, Any] = {
     id(np): _with(np, {**_NUMPY, "prod": _product}),
     id(pow): _pow,
     id(str): _str,
+    id(torch): _TORCH,
+    id(torch.Tensor): vars(_TORCH)["Tensor"],
     id(getattr): _getattr,
     id(itertools): _with(itertools, _ITERTOOLS),
     id(operator): _with(operator, OPERATORS),
@@ -190,7 +219,10 @@ _LIVE: dict[int, Any] = {
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
 }
 _PREFIX = "_chase_live_"
-_MODULES = {_PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType)}
+# Modules that mean the same where nothing is called; classes in torch do not, as in ``isinstance(x, torch.Tensor)``.
+_MODULES = {
+    _PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType) and live is not _TORCH
+}
 _floats: dict[str, Watchful] = {}  # global variables of modules
 _hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()

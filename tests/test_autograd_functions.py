@@ -75,7 +75,7 @@ def test_gradients_of_autograd_functions(step: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize(("step", "kept"), [(lambda y: _Groups.apply(y, 2), 8), (_Halves.apply, 8), (straight, 4)])
 def test_what_an_autograd_function_cuts_stays(step: Callable[[Tensor], Tensor], kept: int) -> None:
-    """The sizes in it can't be replaced, so what it tears apart keeps its channels; what it does element by element not."""
+    """The sizes in it can't be replaced, so what it tears apart keeps its channels; other functions freeze none."""
     parts = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "out": nn.Linear(8, 2)}
     net = Net(lambda m, x: m.out(m.b(step(m.a(x))).tanh()), **parts).double()
     traced = chase_fx.trace(net, torch.randn(3, 6).double())
