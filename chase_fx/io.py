@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ __all__ = ["load", "save"]
 
 _FORMAT = "chase-fx-1"
 _INPUT = "__input__."
+_Model = TypeVar("_Model", bound=nn.Module)
 _SMALL = 65536  # float inputs up to this many values are stored as they are; larger ones by shape
 
 
@@ -130,7 +131,8 @@ def load(
             )
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
-        slim = slim.to(dtypes.pop())
+        _set_precision(slim, dtypes.pop())
+    slim = _in_precision_of({name: t for name, t in state.items() if t.is_complex()}, slim)
     slim.load_state_dict(state)
     return slim
 
@@ -145,7 +147,14 @@ def _file(path: object) -> Path:
     return found
 
 
-def _in_precision_of(stored: Mapping[str, torch.Tensor], model: nn.Module) -> nn.Module:
+def _set_precision(slim: TracedModule, dtype: torch.dtype) -> None:
+    """``slim.to(dtype)``, which would make complex tensors real, of real tensors alone."""
+    for tensor in (*slim.parameters(), *slim.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _in_precision_of(stored: Mapping[str, torch.Tensor], model: _Model) -> _Model:
     """``model``, or a copy of it if one of its tensors has another precision than the stored one of that name."""
     state = model.state_dict(keep_vars=True)
     other = [n for n, t in state.items() if isinstance(t, torch.Tensor) and n in stored and t.dtype != stored[n].dtype]

@@ -58,6 +58,8 @@ class Magnitude:
     def _energy(self, name: str, dim: int) -> Energies | None:
         """Sum of squares per index along ``dim``."""
         tensor = self._tensors[name].detach()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
         usable = tensor.is_floating_point() and not tensor.is_meta
         return _sum_of_squares(tensor, dim).to("cpu", torch.float64).numpy() if usable else None
 

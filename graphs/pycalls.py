@@ -72,7 +72,7 @@ def _extreme(fn: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs:
             return fn(*args, **kwargs)
         items = tuple(args[0]) if len(args) == 1 else args
-        return derive(fn, items) if _live_numbers(items) else fn(items)
+        return derive(fn, items) if len(items) > 1 and _live_numbers(items) else fn(items)
 
     return call
 

@@ -80,6 +80,7 @@ FREE: dict[str, Callable[[int], Any]] = {
     "float": lambda n: float(n) * 0.7,
     "min": lambda n: min(n, 9),
     "max of a list": lambda n: max([1, n - 3]),
+    "max of one": lambda n: max(m for m in [n - 3]),
     "sum": lambda n: sum([0.5, n]),
     "abs": lambda n: abs(5 - n),
     "round": lambda n: round(n * 0.3, 1) + round(n * 0.3),
