@@ -9,16 +9,20 @@ from typing import Any
 __all__ = ["Patch", "patched"]
 
 Patch = tuple[Any, str, Any]  # owner, attribute, what it is meanwhile
+_INHERITED = object()
 
 
 @contextmanager
 def patched(patches: Sequence[Patch]) -> Iterator[None]:
     """Attributes of classes and modules replaced inside the block."""
-    originals = [(owner, name, owner.__dict__[name]) for owner, name, _ in patches]
+    originals = [(owner, name, owner.__dict__.get(name, _INHERITED)) for owner, name, _ in patches]
     try:
         for owner, name, replacement in patches:
             setattr(owner, name, replacement)
         yield
     finally:
         for owner, name, original in originals:
-            setattr(owner, name, original)
+            if original is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)

@@ -27,6 +27,7 @@ from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.drawing import Drawing
 from chase_fx.graphs.draws import given_arrays
+from chase_fx.graphs.freed import setting
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
@@ -157,7 +158,7 @@ class Recorder(Drawing):
         return [(nn.Module, name, function) for name, function in new.items()]
 
     def _function_patches(self) -> list[Patch]:
-        """``Function.apply``, and the forward of each function: an ``apply`` bound before can't be replaced."""
+        """``set_``, ``Function.apply``, and the forward of each function: a bound ``apply`` can't be replaced."""
         original = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
@@ -170,7 +171,8 @@ class Recorder(Drawing):
                     return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
-        return [(torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
+        own = setting(lambda: recorder._active and not transformed(), recorder.let_go)
+        return [own, (torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
 
     def _whole_patches(self) -> list[Patch]:
         recorder = self

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.autocast import Regions
@@ -95,6 +96,22 @@ class Recording(TorchFunctionMode):
             yield
         finally:
             self._active = True
+
+    def let_go(self, tensor: torch.Tensor) -> bool:
+        """``tensor`` is an empty one from here on, if it was made in the forward."""
+        slot = self.tape.find(tensor)
+        if slot is None or slot.kind != "value":
+            return False
+        node = self.graph.call_method("new_empty", (self.arguments.node_of(tensor), (0,)))
+        start = len(self.tape.ops)
+        with self._paused(), torch._C.DisableTorchFunction():
+            empty = tensor.new_empty(0)
+        self._finish(node, empty, (tensor,), {}, start, in_place=False)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            tensor.data = empty
+        self.tape.replace(tensor, empty)
+        self.arguments.bind(tensor, node)
+        return True
 
     def _need_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The data of the tensors among the arguments matter."""

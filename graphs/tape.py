@@ -140,6 +140,11 @@ class Tape:
         self._alive.append(tensor)
         return slot
 
+    def replace(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
+        """The object ``tensor`` is what ``new`` is from here on."""
+        self._by_id[id(tensor)] = self.slot_of(new)
+        self._alive.append(tensor)
+
     def region(self, position: int) -> Any:
         """The settings of every region of autocast around the call at ``position``."""
         return self.regions[bisect_right(self.regions, position, key=lambda region: region[0]) - 1][1]
