@@ -139,17 +139,27 @@ def _getattr(owner: Any, name: str, *default: Any) -> Any:
     return getattr(owner, name, *default)
 
 
+def _has_live(value: Any) -> bool:
+    """Whether a number, or one in nested lists of numbers, is live."""
+    return any(map(_has_live, value)) if isinstance(value, (list, tuple)) else is_live(value)
+
+
 class _Constructor:
-    """An old constructor of tensors, such as ``torch.FloatTensor(n, c)``: live sizes go to ``torch.empty``."""
+    """An old constructor of tensors: live sizes, ``torch.FloatTensor(n, c)``, go to ``torch.empty``.
+
+    Live numbers in a list, ``torch.LongTensor([n])``, go to ``torch.tensor``.
+    """
 
     def __init__(self, cls: Any) -> None:
         self._cls = cls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
-        if kwargs or not any(map(is_live, sizes)):
-            return self._cls(*args, **kwargs)
         dtype = torch.get_default_dtype() if self._cls is torch.Tensor else self._cls.dtype
+        if kwargs or not any(map(_has_live, sizes)):
+            return self._cls(*args, **kwargs)
+        if len(args) == 1 and isinstance(args[0], (list, tuple)) and sizes is args:
+            return torch.tensor(args[0], dtype=dtype, device="cpu")
         return torch.empty(*sizes, dtype=dtype, device="cpu")
 
     def __getattr__(self, name: str) -> Any:  # ``torch.Tensor.add(x, y)``

@@ -59,6 +59,7 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "pow": lambda m, s: pow(m.pair[1], s[2]) * 1e-3,
     "old constructor": lambda m, s: torch.Tensor(s[2], 3).zero_().add(1).sum() * torch.FloatTensor(s[3], 1).fill_(0.1),
     "method of a constructor": lambda m, s: torch.Tensor.mul(torch.Tensor([0.1]), s[2]),
+    "old constructor of numbers": lambda m, s: torch.Tensor([[s[2]], [0.1]]).sum() * torch.LongTensor([s[3]])[0],
     "old constructor by name": lambda m, s: Tensor(s[2], s[3]).fill_(0.1),
     "real": lambda m, s: s[2].real + s[2].numerator + s[2].conjugate(),
     "round": lambda m, s: round(s[2] / 3, 1),
