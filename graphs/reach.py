@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Code", "is_own", "reachable_code"]
+__all__ = ["Code", "codes_in", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
@@ -159,7 +159,7 @@ class _Reach:
             return
         self.functions[id(function)] = function
         scope: Mapping[str, Any] = {} if layer else function.__globals__
-        for code in _codes(function.__code__):
+        for code in codes_in(function.__code__):
             for name in code.co_names:
                 self._name(name)
                 found = scope.get(name)
@@ -190,8 +190,9 @@ def is_own(module: str | None) -> bool:
     return bool(module) and str(module).partition(".")[0] not in _FOREIGN
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and those of the functions, comprehensions and classes inside of it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes_in(constant)

@@ -34,6 +34,7 @@ from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
+from chase_fx.graphs.own_sizes import mark_own_sizes
 from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import is_own, reachable_code
@@ -350,8 +351,7 @@ class Recorder(Drawing):
         start = len(self.tape.ops)
         with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
-        for op in self.tape.ops[start:]:
-            op.own_sizes = True
+        mark_own_sizes(cls, args, self.tape.ops[start:])
         node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         return self._finish(node, out, args, kwargs, start, in_place=False)
 

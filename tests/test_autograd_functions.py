@@ -51,6 +51,52 @@ class _Halves(torch.autograd.Function):
         return grad
 
 
+class _Signs(torch.autograd.Function):
+    """Binary weights, scaled by how many there are."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: float) -> Tensor:
+        return scale / weight.shape[1] ** 0.5 * weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Norm(torch.autograd.Function):
+    """A norm that reads sizes, and computes with no numbers but those that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _, channels = x.size()
+        y = (x - x.mean(1, keepdim=True)) * 0.5
+        return y / (y.pow(2).mean(1, keepdim=True) + eps).sqrt() * weight.view(1, channels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_numbers_that_an_autograd_function_makes_of_sizes(normed: bool) -> None:
+    """What a function scales by its sizes would be scaled otherwise in a slim graph, so it keeps them."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.d(m.a(x).tanh()).tanh()
+        if normed:
+            return m.c(_Norm.apply(y, m.n.weight, 1e-5))
+        return m.c(nn.functional.linear(y, _Signs.apply(m.b.weight, 2.0)).tanh())
+
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(4, 6), "d": nn.Linear(6, 8), "b": nn.Linear(8, 12), "c": nn.Linear(8 if normed else 12, 2)}
+    net = Net(forward, **parts, n=nn.LayerNorm(8)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    traced = chase_fx.trace(net, x)
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    chase_fx.verify(traced, slim)
+    assert slim.get_parameter("d.weight").shape == (4 if normed else 8, 3)
+
+
 @pytest.mark.parametrize(
     "step",
     [
