@@ -39,7 +39,8 @@ _LAYERS = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _NORMS = frozenset(
     {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.local_response_norm, F.normalize}
 )
-_WATCHED = _REDUCTIONS | _LENGTHS | _PRODUCTS | _NORMS | frozenset(_LAYERS)
+_LOSSES = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})  # means of two tensors of one shape
+_WATCHED = _LOSSES | _REDUCTIONS | _LENGTHS | _PRODUCTS | _NORMS | frozenset(_LAYERS)
 
 # The same function, but one that shows what it calls: its own guard would hand itself to the mode again.
 _ATTENTION = FunctionType(
@@ -75,7 +76,7 @@ class _Calls(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         x = args[0] if args else kwargs.get("input")
-        watched = func in _WATCHED or isinstance(func, _Einsum)
+        watched = (func in _WATCHED and kwargs.get("reduction") != "none") or isinstance(func, _Einsum)
         if not watched or not isinstance(x, Tensor) or not x.is_floating_point():
             return func(*args, **kwargs)
         if func in _LAYERS and isinstance(kwargs.get("weight", args[1] if len(args) > 1 else None), nn.Parameter):
@@ -101,6 +102,9 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _REDUCTIONS | _LENGTHS:
             return func(_select(x, kept), *args[1:], **kwargs)
+        if func in _LOSSES:
+            more = {k: _select(v, kept) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            return func(*(_select(a, kept) if isinstance(a, Tensor) else a for a in args), **more)
         if func in _PRODUCTS or func in _LAYERS or isinstance(func, _Einsum):
             return func(_zeroed(x, kept), *args[1:], **kwargs)
         return _norm(func, kept, args, kwargs)
@@ -145,8 +149,8 @@ def _runs_over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     if func in (F.layer_norm, F.rms_norm):
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
         return list(range(n - len(shape), n))
-    if func in (F.batch_norm, F.instance_norm):
-        return [d for d in range(n) if d != 1]
+    if func in (F.batch_norm, F.instance_norm, *_LOSSES):
+        return [d for d in range(n) if d != 1 or func in _LOSSES]
     if func in (F.group_norm, F.local_response_norm):
         return [1]
     place = 2 if func in _LENGTHS or func is F.normalize else 1
