@@ -31,7 +31,7 @@ import torch
 
 from chase_fx.graphs.caches import Uncached
 from chase_fx.graphs.live import Watchful, derive, fix, forget_texts, is_live, plain, read_text
-from chase_fx.graphs.pyoperators import OPERATORS, fixing, import_hook, redirect_operators, write_text
+from chase_fx.graphs.pyoperators import OPERATORS, fixing, import_hook, redirect_imports, redirect_operators, write_text
 from chase_fx.graphs.reach import Code
 
 __all__ = ["live_calls"]
@@ -233,6 +233,8 @@ _PREFIX = "_chase_live_"
 _MODULES = {
     _PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType) and live is not _TORCH
 }
+# What ``import`` inside a function gives; a class of torch is no function.
+_IMPORTS = {live.__name__: live for live in _LIVE.values() if isinstance(live, types.ModuleType) and live is not _TORCH}
 _floats: dict[str, Watchful] = {}  # global variables of modules
 _hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
@@ -291,7 +293,7 @@ def _names_of_live_calls(changed: set[types.CodeType]) -> Iterator[None]:
     good, which changes nothing for other code, and the next block takes it over.
     """
     if builtins.__import__ is not _hooks.get("ours"):
-        _hooks.update(original=builtins.__import__, ours=import_hook())
+        _hooks.update(original=builtins.__import__, ours=import_hook(_IMPORTS))
     names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
     vars(builtins).update(names)
     vars(builtins)["__import__"] = _hooks["ours"]
@@ -321,6 +323,7 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
     live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name))}
     same = all(a is b for a, b in zip(nested, code.co_consts, strict=True))
     names, text = list(code.co_names), bytearray(code.co_code)
+    redirect_imports(names, text, _IMPORTS)
     redirect_operators(names, text)
     extended = 0
     for at in range(0, len(text), 2):

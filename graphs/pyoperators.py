@@ -15,7 +15,7 @@ import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from chase_fx.graphs.live import derive, fix, is_live, read_text
 from chase_fx.graphs.reach import is_own
 
-__all__ = ["OPERATORS", "fixing", "import_hook", "redirect_operators", "subscript", "write_text"]
+__all__ = ["OPERATORS", "fixing", "import_hook", "redirect_imports", "redirect_operators", "subscript", "write_text"]
 
 _PREFIX = "_chase_operator_"
 _CACHE, _NOP = 0, dis.opmap["NOP"]
@@ -45,6 +45,25 @@ _SYMBOLS = {
 # A compare instruction has the operator in the upper bits of its argument.
 _COMPARE_SHIFT = {11: 0, 12: 4}.get(sys.version_info.minor, 5)
 _MIRRORED = {"<": ">", "<=": ">=", "==": "==", "!=": "!=", ">": "<", ">=": "<="}
+
+
+def redirect_imports(names: list[str], text: bytearray, modules: Collection[str]) -> None:
+    """Make imports of some modules in the code ``text`` import their live copies; ``names`` gets the imports."""
+    extended = 0
+    for at in range(0, len(text), 2):
+        op, argument = text[at], text[at + 1] | extended
+        extended = argument << 8 if op == _EXTENDED_ARG else 0
+        if op != _IMPORT_NAME or names[argument] not in modules:
+            continue
+        name = _PREFIX + names[argument]
+        index = names.index(name) if name in names else len(names)
+        if index > 255 >= argument:  # no room for a longer argument
+            continue
+        if index == len(names):
+            names.append(name)
+        text[at + 1] = index & 255
+        if argument > 255:
+            text[at - 1] = index >> 8
 
 
 def redirect_operators(names: list[str], text: bytearray) -> None:
@@ -79,8 +98,9 @@ def _import_name(kind: str, argument: int, names: list[str]) -> str | None:
     return _PREFIX + name if name in _METHODS and (kind == "LOAD_METHOD" or argument & 1) else None
 
 
-def import_hook() -> Callable[..., Any]:
-    """An ``__import__`` that computes operators; every other name it imports."""
+def import_hook(modules: Mapping[str, types.ModuleType]) -> Callable[..., Any]:
+    """An ``__import__`` that computes operators and gives ``modules`` to redirected code; all else it imports."""
+    copies = {_PREFIX + name: module for name, module in modules.items()}
     original = builtins.__import__
 
     def imported(
@@ -90,6 +110,8 @@ def import_hook() -> Callable[..., Any]:
         fromlist: Any = (),
         level: Any = 0,
     ) -> Any:
+        if name in copies:
+            return copies[name]
         function = _FUNCTIONS.get(name)
         if function is None:
             return original(name, scope, local, fromlist, level)

@@ -44,6 +44,19 @@ class Scaled(nn.Module):
         return self.b(found(y) if isinstance(found, nn.Module) else y * found).mean((2, 3))
 
 
+def logarithm(m: Any, s: torch.Size) -> Any:
+    from math import gcd as common
+    from math import log2
+
+    return log2(s[2]) + common(s[2], 12)
+
+
+def places(m: Any, s: torch.Size) -> Any:
+    import numpy as np
+
+    return float(np.arange(s[2]).sum())
+
+
 # What stays live: the graph serves other sizes.
 LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "numel": lambda m, s: s.numel() * 0.01,
@@ -63,6 +76,7 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "old constructor by name": lambda m, s: Tensor(s[2], s[3]).fill_(0.1),
     "real": lambda m, s: s[2].real + s[2].numerator + s[2].conjugate(),
     "round": lambda m, s: round(s[2] / 3, 1),
+    "import inside": logarithm,
 }
 # What Python decides by: the graph refuses other sizes.
 DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {
@@ -93,6 +107,7 @@ DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {
     "array": lambda m, s: float(m.places[s[2]]),
     "part of an array": lambda m, s: float(m.places[: s[2]].sum()),
     "arange": lambda m, s: float(np.arange(s[2]).sum()),
+    "arange of an import inside": places,
     "linspace": lambda m, s: float(np.linspace(0.0, 1.0, num=s[2])[1]),
     "shape of an array": lambda m, s: float(np.zeros((s[2], 2)).shape[0]),
     "computed float < size": lambda m, s: 2.0 if m.table[9] < s[2] else 1.0,
