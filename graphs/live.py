@@ -265,7 +265,7 @@ def _comparison(symbol: str, fn: Callable[[Any, Any], bool]) -> Callable[[Any, A
     def compare(self: Any, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        holds = fn(plain(self), plain(other))
+        holds = bool(fn(plain(self), plain(other)))  # numbers of numpy have truths of their own
         if self._recorder.recording():
             if self.drawn or (isinstance(other, _Live) and other.drawn):
                 return self._recorder.decide(self, symbol, other, holds)

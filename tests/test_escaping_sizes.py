@@ -108,6 +108,8 @@ DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {
     "part of an array": lambda m, s: float(m.places[: s[2]].sum()),
     "arange": lambda m, s: float(np.arange(s[2]).sum()),
     "arange of an import inside": places,
+    "number of numpy < size": lambda m, s: 2.0 if np.float64(9.5) < s[2] else 1.0,
+    "size < number of numpy": lambda m, s: 2.0 if s[2] < np.float64(9.5) else 1.0,
     "linspace": lambda m, s: float(np.linspace(0.0, 1.0, num=s[2])[1]),
     "shape of an array": lambda m, s: float(np.zeros((s[2], 2)).shape[0]),
     "computed float < size": lambda m, s: 2.0 if m.table[9] < s[2] else 1.0,
