@@ -127,10 +127,12 @@ class _Reach:
             for start in _starts(value, self._seen):
                 self.visit(start)
 
-    def _items(self, value: Mapping[Any, Any] | tuple[Any, ...] | list[Any]) -> None:
+    def _items(self, value: dict[Any, Any] | tuple[Any, ...] | list[Any]) -> None:
+        """What a container holds, past methods of its own: some import a module for each item that is asked for."""
         self._seen.add(id(value))
-        if len(value) <= _REGISTRY:
-            for item in value.values() if isinstance(value, Mapping) else value:
+        kind: Any = next(kind for kind in (dict, tuple, list) if isinstance(value, kind))
+        if kind.__len__(value) <= _REGISTRY:
+            for item in tuple(dict.values(value) if isinstance(value, dict) else kind.__iter__(value)):
                 if callable(item):
                     self.visit(item)
 

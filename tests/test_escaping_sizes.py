@@ -173,3 +173,24 @@ def test_imports_inside_a_forward() -> None:
     x = images(2, 8)
     model = Importing(lambda m, s: 0.5).double()
     assert torch.equal(chase_fx.trace(model, x)(x), model(x))
+
+
+class _Lazy(dict[str, Any]):
+    """Values that cost something to ask for, such as modules that are imported then."""
+
+    def values(self) -> Any:
+        raise AssertionError("asked for every value")
+
+    def __len__(self) -> int:
+        return len(list(self.values()))
+
+
+_LAZY = _Lazy(half=lambda n: 0.5 / n)
+
+
+def test_containers_with_methods_of_their_own_are_not_asked() -> None:
+    """What code can reach through a container is looked up without running the container's code."""
+    x, other = images(2, 8), images(3, 12)
+    model = randomise(Scaled(lambda m, s: _LAZY["half"](s[2])), (x,))
+    traced = chase_fx.trace(model, x)
+    assert torch.equal(traced(other), model(other))
