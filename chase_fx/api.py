@@ -14,6 +14,7 @@ from chase_fx.graphs.outputs import Outputs
 from chase_fx.graphs.select import Score
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.whole import Function, FunctionName, named
+from chase_fx.passes.faithful import check_capture
 from chase_fx.passes.rewrite import rewrite
 from chase_fx.passes.verify import verify as verify_slim
 
@@ -44,7 +45,7 @@ def prune(
         score: ``"magnitude"``, ``"random"``, or a function from a group to (size,) scores; the lowest go.
         round_to: kept widths are multiples of this where possible.
         outputs: which outputs must keep their shape; default all.
-        verify: compare with the masked dense model before returning.
+        verify: before returning, compare the slim graph with the masked dense one, and the dense one with the model.
 
     Returns:
         The slim GraphModule; ``slim.plan`` tells what was kept.
@@ -76,6 +77,7 @@ def prune(
                 raise
             whole += dict.fromkeys(found)
         else:
+            check_capture(model, traced)
             return slim
 
 

@@ -35,7 +35,7 @@ from chase_fx.graphs.traced import Capture, OutputLeaf
 from chase_fx.graphs.trees import named_tensors, tensors_in
 from chase_fx.graphs.whole import Function
 
-__all__ = ["Captured", "Inputs", "Way", "captured", "copy_of", "record"]
+__all__ = ["Captured", "Inputs", "Way", "captured", "copy_of", "quiet_torch", "record"]
 
 _functional: Any = nn.functional  # its stub leaves out what is private
 Captured = tuple[Graph, Capture, Recorder]
@@ -84,7 +84,7 @@ class Way:
 
 
 @contextmanager
-def _quiet_torch(root: nn.Module) -> Iterator[None]:
+def quiet_torch(root: nn.Module) -> Iterator[None]:
     """Fast paths off (they hide the operators), and no complaint about batch statistics of a single value."""
     fast = torch.backends.mha.get_fastpath_enabled()
     verify = _functional._verify_batch_size
@@ -148,7 +148,7 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
         # parameter asks for one, so no autograd graph is built.
         for p in trainable:
             p.requires_grad = False
-        with restored_generators() as state, torch.enable_grad(), _quiet_torch(root), fake or nullcontext():
+        with restored_generators() as state, torch.enable_grad(), quiet_torch(root), fake or nullcontext():
             args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
             recorder.watch_generators(state)
             with inside_region(device) if way.ambient else nullcontext(), recorder.running():

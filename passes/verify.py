@@ -8,7 +8,6 @@ differs is named.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,9 @@ from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
+from chase_fx.passes.differences import largest, relative_difference
 from chase_fx.passes.draws import ConstantDraws
+from chase_fx.passes.evaluation import evaluated
 from chase_fx.passes.following import Following, ways
 from chase_fx.passes.reference import MaskedReference, gather_kept, initialised
 from chase_fx.passes.rewrite import channels_for
@@ -143,16 +144,15 @@ def _compare(
     dtype: torch.dtype,
     tolerance: float,
 ) -> tuple[VerificationReport, Node | None, Mapping[str, bool]]:
-    modes = [{m: m.training for m in root.modules()} for root in (traced, slim)]
-    buffers = {b: b.clone() for root in (traced, slim) for b in root.buffers()}
     trainable = [p for root in (traced, slim) for p in root.parameters() if p.requires_grad]
-    for root in (traced, slim):
-        root.eval()
     for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
         parameter.requires_grad = False
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
-        with torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True), ConstantDraws():
+        with (
+            evaluated(traced, slim), torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True),
+            ConstantDraws(),
+        ):  # fmt: skip
             reference = MaskedReference(traced, channels, 0, masks, forced)
             expected = _expected(reference, inputs)
             recorded = _Recording(slim, forced)
@@ -168,19 +168,13 @@ def _compare(
     finally:
         for parameter in trainable:
             parameter.requires_grad = True
-        for mode in modes:
-            for module, training in mode.items():
-                module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
     capture = capture_of(traced).captures[0]
     worst = 0.0
     pairs = list(zip(tensors_in(expected), tensors_in(found), strict=True))
     leaves = {leaf.path: leaf for leaf in reversed(capture.outputs)}
     for (path, _), (want, have) in zip(named_tensors(expected), pairs, strict=True):
         labels = reference.labels[leaves[path].slot.index]
-        worst = max(worst, _relative(gather_kept(want, labels, masks), have))
+        worst = max(worst, relative_difference(gather_kept(want, labels, masks), have))
     if dtype is torch.float64 and any(v.dtype is torch.float32 for v in recorded.values.values()):
         tolerance = _QUICK  # the forward itself goes through single precision, so its rounding is in the result
     gross = _gross_difference(slim, reference, recorded)
@@ -251,7 +245,7 @@ def _gross_difference(
     for node in slim.graph.nodes:
         operands = [n.name for n in node.all_input_nodes]
         have = recorded.values.get(node.name)
-        own = 0.0 if have is None else _scale(have)
+        own = 0.0 if have is None else largest(have)
         reach[node.name] = max(own, max((reach[n] for n in operands), default=0.0))
         want = reference.values.get(node.name)
         if want is None or have is None or node not in matters:
@@ -260,8 +254,8 @@ def _gross_difference(
             continue
         # Where values cancel, what is left is rounding of what they were computed from.
         rounding = 1e4 * torch.finfo(want.dtype).eps * reach[node.name]
-        near = max((_scale(recorded.values[n]) for n in operands if n in recorded.values), default=0.0)
-        difference = _relative(want, have, max(near, rounding / _GROSS))
+        near = max((largest(recorded.values[n]) for n in operands if n in recorded.values), default=0.0)
+        difference = relative_difference(want, have, max(near, rounding / _GROSS))
         if difference > _GROSS:
             return node, difference
     return None
@@ -289,33 +283,10 @@ def _first_difference(slim: TracedModule, reference: MaskedReference, recorded: 
         want, have = reference.values.get(node.name), recorded.values.get(node.name)
         if want is None or have is None or not want.is_floating_point():
             continue
-        if want.shape != have.shape or _relative(want, have) > tolerance:
+        if want.shape != have.shape or relative_difference(want, have) > tolerance:
             return node
     assert last is not None
     return last
-
-
-def _scale(tensor: torch.Tensor) -> float:
-    finite = tensor[tensor.isfinite()] if tensor.is_floating_point() else tensor.new_empty(0)
-    return float(finite.abs().max().item()) if finite.numel() else 0.0
-
-
-def _relative(want: torch.Tensor, have: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest difference, relative to the largest value of ``want``, or to ``floor`` if that is larger."""
-    if want.shape != have.shape or want.layout != have.layout:
-        return float("inf")
-    want, have = want.to_dense(), have.to_dense()
-    if want.numel() == 0:
-        return 0.0
-    if not want.is_floating_point() and not want.is_complex():
-        return 0.0 if torch.equal(want, have) else float("inf")
-    same = (want == have) | (want.isnan() & have.isnan())
-    difference = torch.where(same, torch.zeros_like(want), want - have).abs().max().item()
-    if math.isnan(difference):  # NaN in one of the two only
-        return float("inf")
-    finite = want[want.isfinite()]
-    scale = max(floor, finite.abs().max().item() if finite.numel() else 1.0)
-    return float(difference / scale if scale else difference)
 
 
 def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
