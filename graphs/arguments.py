@@ -121,6 +121,8 @@ class Arguments:
             return self.node_of(torch.from_numpy(value))
         if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
             return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, type(torch.FloatTensor)):  # ``x.type(torch.FloatTensor)``: no name that code can import
+            return f"{value.__module__}.{value.__name__}"
         if isinstance(value, type):
             return _CLASSES.get(value, value)
         if isinstance(value, torch.Generator):

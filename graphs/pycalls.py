@@ -30,8 +30,17 @@ import numpy as np
 import torch
 
 from chase_fx.graphs.caches import Uncached
+from chase_fx.graphs.constructors import CONSTRUCTORS, TORCH
 from chase_fx.graphs.live import Watchful, derive, fix, forget_texts, is_live, plain, read_text
-from chase_fx.graphs.pyoperators import OPERATORS, fixing, import_hook, redirect_imports, redirect_operators, write_text
+from chase_fx.graphs.pyoperators import (
+    OPERATORS,
+    fixing,
+    import_hook,
+    redirect_calls,
+    redirect_imports,
+    redirect_operators,
+    write_text,
+)
 from chase_fx.graphs.reach import Code
 
 __all__ = ["live_calls"]
@@ -115,7 +124,12 @@ def _range(*args: Any) -> Any:
 
 
 def _map(fn: Callable[..., Any], /, *items: Iterable[Any]) -> Iterator[Any]:
-    return map(_LIVE.get(id(fn), fn), *items)
+    return map(_CALLED.get(id(fn), fn), *items)
+
+
+def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """A call of a value that no global name gave, such as ``LongTensor`` after an import inside of a function."""
+    return _CALLED.get(id(fn), fn)(*args, **kwargs)
 
 
 def _type(*args: Any, **kwargs: Any) -> Any:
@@ -137,40 +151,6 @@ def _pow(base: Any, exponent: Any, *modulus: Any) -> Any:
 def _getattr(owner: Any, name: str, *default: Any) -> Any:
     read_text(name)
     return getattr(owner, name, *default)
-
-
-def _has_live(value: Any) -> bool:
-    """Whether a number, or one in nested lists of numbers, is live."""
-    return any(map(_has_live, value)) if isinstance(value, (list, tuple)) else is_live(value)
-
-
-class _Constructor:
-    """An old constructor of tensors: live sizes, ``torch.FloatTensor(n, c)``, go to ``torch.empty``.
-
-    Live numbers in a list, ``torch.LongTensor([n])``, go to ``torch.tensor``.
-    """
-
-    def __init__(self, cls: Any) -> None:
-        self._cls = cls
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
-        dtype = torch.get_default_dtype() if self._cls is torch.Tensor else self._cls.dtype
-        if kwargs or not any(map(_has_live, sizes)):
-            return self._cls(*args, **kwargs)
-        if len(args) == 1 and isinstance(args[0], (list, tuple)) and sizes is args:
-            return torch.tensor(args[0], dtype=dtype, device="cpu")
-        return torch.empty(*sizes, dtype=dtype, device="cpu")
-
-    def __getattr__(self, name: str) -> Any:  # ``torch.Tensor.add(x, y)``
-        return getattr(self._cls, name)
-
-
-class _Torch(types.ModuleType):
-    """The names of torch, as they are at any time, but for what is set here."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
 
 
 def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]]) -> types.ModuleType:
@@ -198,9 +178,6 @@ _FIXED = (bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
 _ITERTOOLS: dict[str, Callable[..., Any]] = {
     name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
 }
-_TYPES = ("", "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Bool")
-_TORCH = _Torch("torch")
-vars(_TORCH).update({f"{kind}Tensor": _Constructor(getattr(torch, f"{kind}Tensor")) for kind in _TYPES})
 # Every name that has a live meaning, by the identity of what it means: functions, and modules of functions.
 _LIVE: dict[int, Any] = {
     id(int): _derived(int),
@@ -217,8 +194,8 @@ _LIVE: dict[int, Any] = {
     id(np): _with(np, {**_NUMPY, "prod": _product}),
     id(pow): _pow,
     id(str): _str,
-    id(torch): _TORCH,
-    id(torch.Tensor): vars(_TORCH)["Tensor"],
+    id(torch): TORCH,
+    id(torch.Tensor): CONSTRUCTORS[id(torch.Tensor)],
     id(getattr): _getattr,
     id(itertools): _with(itertools, _ITERTOOLS),
     id(operator): _with(operator, OPERATORS),
@@ -228,13 +205,15 @@ _LIVE: dict[int, Any] = {
     **{id(getattr(np, name)): live for name, live in _NUMPY.items() if name != "prod"},
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
 }
+# What a value that is called means, wherever it comes from.
+_CALLED: dict[int, Any] = {**_LIVE, **CONSTRUCTORS}
 _PREFIX = "_chase_live_"
 # Modules that mean the same where nothing is called; classes in torch do not, as in ``isinstance(x, torch.Tensor)``.
 _MODULES = {
-    _PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType) and live is not _TORCH
+    _PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType) and live is not TORCH
 }
 # What ``import`` inside a function gives; a class of torch is no function.
-_IMPORTS = {live.__name__: live for live in _LIVE.values() if isinstance(live, types.ModuleType) and live is not _TORCH}
+_IMPORTS = {live.__name__: live for live in _LIVE.values() if isinstance(live, types.ModuleType) and live is not TORCH}
 _floats: dict[str, Watchful] = {}  # global variables of modules
 _hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
@@ -293,7 +272,7 @@ def _names_of_live_calls(changed: set[types.CodeType]) -> Iterator[None]:
     good, which changes nothing for other code, and the next block takes it over.
     """
     if builtins.__import__ is not _hooks.get("ours"):
-        _hooks.update(original=builtins.__import__, ours=import_hook(_IMPORTS))
+        _hooks.update(original=builtins.__import__, ours=import_hook(_IMPORTS, _call))
     names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
     vars(builtins).update(names)
     vars(builtins)["__import__"] = _hooks["ours"]
@@ -323,6 +302,7 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
     live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name))}
     same = all(a is b for a, b in zip(nested, code.co_consts, strict=True))
     names, text = list(code.co_names), bytearray(code.co_code)
+    nested = redirect_calls(code, names, text, nested, _call)
     redirect_imports(names, text, _IMPORTS)
     redirect_operators(names, text)
     extended = 0

@@ -21,18 +21,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from chase_fx.graphs.constructors import CONSTRUCTORS, TORCH
 from chase_fx.graphs.live import derive, fix, is_live, read_text
 from chase_fx.graphs.reach import is_own
 
-__all__ = ["OPERATORS", "fixing", "import_hook", "redirect_imports", "redirect_operators", "subscript", "write_text"]
+__all__ = [
+    "OPERATORS",
+    "fixing",
+    "import_hook",
+    "redirect_calls",
+    "redirect_imports",
+    "redirect_operators",
+    "subscript",
+    "write_text",
+]
 
 _PREFIX = "_chase_operator_"
+_CALL = _PREFIX + "()"
 _CACHE, _NOP = 0, dis.opmap["NOP"]
 _IMPORT_NAME, _EXTENDED_ARG = dis.opmap["IMPORT_NAME"], dis.opmap["EXTENDED_ARG"]
 _METHOD_CALL = "LOAD_METHOD" if "LOAD_METHOD" in dis.opmap and sys.version_info < (3, 12) else "LOAD_ATTR"
 _KINDS = {dis.opmap[k]: k for k in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", _METHOD_CALL) if k in dis.opmap}
-# Methods of containers that read numbers without asking them.
-_METHODS = frozenset({"numel", "pop", "get", "reshape", "repeat", "take"})
+# Methods of containers, and functions of torch, that read numbers without asking them.
+_METHODS = frozenset(
+    {"numel", "pop", "get", "reshape", "repeat", "take"} | {n for n in vars(TORCH) if n.endswith("Tensor")}
+)
 _SYMBOLS = {
     "+": operator.add, "&": operator.and_, "//": operator.floordiv, "<<": operator.lshift, "@": operator.matmul,
     "*": operator.mul, "%": operator.mod, "|": operator.or_, "**": operator.pow, ">>": operator.rshift,
@@ -64,6 +77,49 @@ def redirect_imports(names: list[str], text: bytearray, modules: Collection[str]
         text[at + 1] = index & 255
         if argument > 255:
             text[at - 1] = index >> 8
+
+
+def redirect_calls(
+    code: types.CodeType, names: list[str], text: bytearray, constants: tuple[Any, ...], call: Callable[..., Any]
+) -> tuple[Any, ...]:
+    """Make calls of values that no global name gave, ``f(n)``, call ``call(f, n)``; returns the constants for it.
+
+    Where a function is no method of an object, Python leaves a mark on its stack. ``call`` in its place makes the
+    function the object. The mark comes first up to Python 3.12. ``f(*args)`` has two operands, and needs no mark.
+    """
+    index = len(constants)
+    if sys.version_info >= (3, 13) or index > 255 or dis.opmap["PUSH_NULL"] not in code.co_code[::2]:
+        return constants
+    steps = [step for step in dis.get_instructions(code) if step.opcode != _CACHE]
+    places = {step.offset: i for i, step in enumerate(steps)}
+    used = False
+    for i, step in enumerate(steps):
+        end = _end_of_call(steps, places, i) if step.opname == "PUSH_NULL" else None
+        if end is None:
+            continue
+        if end.opname == "CALL":
+            used = True
+            text[step.offset : step.offset + 2] = bytes([dis.opmap["LOAD_CONST"], index])
+        elif end.arg == 0 and len(names) < 255:  # no keywords
+            if _CALL not in names:
+                names.append(_CALL)
+            text[step.offset : step.offset + 2] = bytes([_NOP, 0])
+            text[end.offset : end.offset + 2] = bytes([_IMPORT_NAME, names.index(_CALL)])
+    return (*constants, call) if used else constants
+
+
+def _end_of_call(steps: list[dis.Instruction], places: Mapping[int, int], at: int) -> dis.Instruction | None:
+    """The call that takes the mark that is made at ``at``, as one way through the arguments shows it."""
+    depth, at = 1, at + 1
+    while at < len(steps):
+        step = steps[at]
+        if step.opname.startswith(("JUMP_BACKWARD", "RETURN", "RAISE", "RERAISE")):
+            return None
+        depth += dis.stack_effect(step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None, jump=False)
+        if depth <= 1:
+            return step if step.opname in ("CALL", "CALL_FUNCTION_EX") else None
+        at = places[step.argval] if step.opname == "JUMP_FORWARD" else at + 1
+    return None
 
 
 def redirect_operators(names: list[str], text: bytearray) -> None:
@@ -98,8 +154,9 @@ def _import_name(kind: str, argument: int, names: list[str]) -> str | None:
     return _PREFIX + name if name in _METHODS and (kind == "LOAD_METHOD" or argument & 1) else None
 
 
-def import_hook(modules: Mapping[str, types.ModuleType]) -> Callable[..., Any]:
+def import_hook(modules: Mapping[str, types.ModuleType], call: Callable[..., Any]) -> Callable[..., Any]:
     """An ``__import__`` that computes operators and gives ``modules`` to redirected code; all else it imports."""
+    functions: dict[str, Callable[[Any, Any], Any]] = {**_FUNCTIONS, _CALL: lambda fn, args: call(fn, *args)}
     copies = {_PREFIX + name: module for name, module in modules.items()}
     original = builtins.__import__
 
@@ -112,7 +169,7 @@ def import_hook(modules: Mapping[str, types.ModuleType]) -> Callable[..., Any]:
     ) -> Any:
         if name in copies:
             return copies[name]
-        function = _FUNCTIONS.get(name)
+        function = functions.get(name)
         if function is None:
             return original(name, scope, local, fromlist, level)
         return function(level, fromlist)
@@ -190,6 +247,8 @@ def _method(name: str) -> Callable[[Any, Any], Any]:
         if isinstance(owner, torch.Size) and name == "numel":
             return functools.partial(functools.reduce, operator.mul, owner, 1)
         found = getattr(owner, name)
+        if id(found) in CONSTRUCTORS:
+            return CONSTRUCTORS[id(found)]
         if isinstance(owner, (list, deque, np.ndarray)):
             return fixing(found)
         return functools.partial(_get, found) if isinstance(owner, dict) else found

@@ -57,6 +57,26 @@ def places(m: Any, s: torch.Size) -> Any:
     return float(np.arange(s[2]).sum())
 
 
+def constructors(m: Any, s: torch.Size) -> Any:
+    import torch
+    from torch import LongTensor as Numbers
+    from torch import Tensor
+
+    made = torch.Tensor(s[2], 3)
+    assert isinstance(made, torch.Tensor)
+    assert isinstance(made, Tensor)
+    assert type(made) is Tensor
+    made = torch.Tensor.add(made.zero_(), torch.LongTensor([s[2]]).type(torch.FloatTensor))
+    return made.sum() * Numbers([[n] for n in s]).sum() * sum(Numbers(*[[n]]).sum() for n in s)
+
+
+def import_by_other_name(m: Any, s: torch.Size) -> Any:
+    import torch as th
+
+    found = th.LongTensor if isinstance(m, nn.Module) else th.FloatTensor
+    return th.FloatTensor(s[2], 3).fill_(0.1).sum() * found([s[2] if s[3] else 1])[0]
+
+
 # What stays live: the graph serves other sizes.
 LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "numel": lambda m, s: s.numel() * 0.01,
@@ -77,6 +97,8 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "real": lambda m, s: s[2].real + s[2].numerator + s[2].conjugate(),
     "round": lambda m, s: round(s[2] / 3, 1),
     "import inside": logarithm,
+    "old constructors of an import inside": constructors,
+    "old constructors of an import by another name": import_by_other_name,
 }
 # What Python decides by: the graph refuses other sizes.
 DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {

@@ -161,7 +161,7 @@ FIXED: dict[str, Callable[[int], Any]] = {
     "integral float": lambda n: 3 if (n / 3).is_integer() else 2,
     "predicate of math": lambda n: 3 if math.isclose(n / 12, 1.0) else 2,
     "a float compared": lambda n: 3 if 10.5 < n else 2,  # noqa: SIM300  (asks the float)
-    "hidden call": lambda n: vars(builtins)["int"](n) + 1,
+    "hidden call": lambda n: functools.partial(int, n)() + 1,
 }
 
 
