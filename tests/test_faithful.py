@@ -70,7 +70,41 @@ def test_what_the_model_catches_is_noticed() -> None:
     assert chase_fx.prune(model, x, verify=False)(x).shape == (3, 2)
 
 
-@pytest.mark.parametrize("kind", [Dropping, Counting, Rounding])
+class CatchingInSingle(Catching):
+    """Cannot run in double precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ torch.eye(4, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (Catching, torch.float64), (Catching, torch.float32), (Catching, torch.bfloat16),
+        (CatchingInSingle, torch.float32),
+    ],
+)  # fmt: skip
+def test_what_the_model_catches_is_noticed_in_every_precision(
+    kind: Callable[[], nn.Module], dtype: torch.dtype
+) -> None:
+    """Also where double precision can't settle it."""
+    torch.manual_seed(0)
+    model, x = kind().to(dtype), torch.randn(3, 4, dtype=dtype)
+    traced = chase_fx.trace(model, x)
+    with pytest.raises(VerificationError, match="another result"):
+        check_capture(model, traced)
+
+
+class Forces(Body):
+    """Derivatives inside of the forward, which there are none of without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise RuntimeError
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("kind", [Dropping, Counting, Rounding, Forces])
 def test_draws_and_rounding_are_no_difference(kind: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     plan_of(kind(), torch.randn(3, 4))

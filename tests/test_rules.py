@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,49 +266,6 @@ def test_one_operator_between_two_layers(step: object) -> None:
         assert slim.get_parameter("a.weight").shape[0] < 8
         assert chase_fx.verify(chase_fx.trace(net, x), slim).difference <= EXACT
         assert slim(x[:1]).shape == net(x[:1]).shape
-
-
-def _untransposed(y: Tensor, *sizes: int) -> Tensor:
-    return y.flatten(2).mT.reshape(y.shape[0], *sizes)
-
-
-def _looked_up_by_place(y: Tensor) -> Tensor:
-    groups = y.shape[1] // 16
-    flat = y.reshape(y.shape[0], groups, 16, -1)[..., torch.arange(y.shape[2] * y.shape[3])]
-    return flat.reshape(y.shape[0], groups, 16, *y.shape[2:]).squeeze(1)
-
-
-@pytest.mark.parametrize("side", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("step", "kept"),
-    [
-        (lambda y: _untransposed(y, y.shape[1], y.shape[2], y.shape[3]), 16),
-        (lambda y: _untransposed(y, 16, *y.shape[2:]), 16),
-        (lambda y: _untransposed(y, -1, *y.shape[2:]), 16),
-        (lambda y: y.flatten(2).permute(2, 0, 1).reshape(-1, y.shape[0] * 4, 4).reshape(-1, y.shape[0], 16), 8),
-        (
-            lambda y: y.flatten(2).permute(2, 0, 1).reshape(y.shape[2] * y.shape[3], -1, 4).reshape(-1, y.shape[0], 16),
-            8,
-        ),
-        (lambda y: y.flatten(2).mT.reshape(y.shape[0], y.shape[2] * y.shape[3] * 4, 4).reshape(y.shape[0], -1, 16), 8),
-        (_looked_up_by_place, 8),
-    ],
-)
-def test_views_across_space_hold_at_every_size(step: Callable[[Tensor], Tensor], kept: int, side: int) -> None:
-    """Channels that a view takes apart by the size of the image are frozen; heads beside batch or space are not."""
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        y = step(m.b(m.a(x)))
-        return m.out(y.reshape(-1, 16)) if y.dim() == 3 else m.out(y.movedim(1, -1))
-
-    torch.manual_seed(0)
-    x, larger = (torch.randn(n, 3, s, s + n, dtype=torch.float64) for n, s in ((2, side), (3, 5)))
-    if side == 1:
-        x = x[..., :1]
-    net = randomise(Net(forward, a=conv(3, 16), b=conv(16, 16), out=nn.Linear(16, 2)), (x,))
-    slim = chase_fx.prune(net, x).eval()
-    assert slim.get_parameter("b.weight").shape[0] == kept
-    assert_exact(net, slim, (larger,))
 
 
 def test_unpooling_ties_values_to_places() -> None:

@@ -1,8 +1,8 @@
 """The fair comparison: accuracy of small ResNet-20s of equal cost on Fashion-MNIST, after equal epochs.
 
 Every run is a process of its own with one thread and leaves a record in ``--folder``; a benchmark that was stopped goes
-on where it was. Choices are made by 5,000 images held out of the training images. The test images are read once, when
-all runs are there: then docs/accuracy.json, docs/accuracy.md and docs/accuracy.svg are written.
+on where it was. Choices are made by 5,000 images held out of the training images. The test images are only read
+when docs/accuracy.json, docs/accuracy.md and docs/accuracy.svg are written, at the end.
 
 Run: make bench-accuracy, or python -m benchmarks.accuracy [--epochs 2] [--workers 2] [--only REGEX]
 """

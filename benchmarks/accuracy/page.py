@@ -25,8 +25,9 @@ INTRODUCTION = """# Accuracy at equal cost
 
 Written by `make bench-accuracy` (`python -m benchmarks.accuracy --epochs {epochs:g}`); do not edit. ResNet-20 with
 a stride-2 stem on Fashion-MNIST, {epochs:g} epochs of 55,000 images for everybody, batch 128, SGD with Nesterov
-momentum, one-cycle learning rate. 5,000 training images are held out for every choice; the 10,000
-test images were read once, when the networks were trained. CPU, float32, one thread a run, torch {torch}.
+momentum, one-cycle learning rate. 5,000 training images are held out for every choice; the 10,000 test
+images are read only when this page is written, and nothing is chosen by them. CPU, float32, one thread a run,
+torch {torch}.
 
 - **Chase + refill**: channels go during training, with live shrink; those that are left are dense in the end.
   Options: `{refilled}`.
