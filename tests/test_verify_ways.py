@@ -54,7 +54,7 @@ def test_verify_says_which_way_it_could_not_go() -> None:
     class Factor(Net):
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
-            rows = y @ y.T - 1e-6 * torch.eye(3, dtype=y.dtype)
+            rows = y @ y.T - 1e-6 * torch.eye(y.shape[0], dtype=y.dtype)
             if x.sum() > 1000:
                 rows = torch.linalg.cholesky(rows)
             return rows
