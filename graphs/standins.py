@@ -11,23 +11,18 @@ computed: code may keep it beyond the forward, such as a table in a cache by siz
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._prims_common import suggest_memory_format
 
+from chase_fx.graphs.standin_results import CONTRACTIONS, ELEMENTWISE, Zeros
 from chase_fx.graphs.tape import Slot, TapedOp, slots_in
 
 __all__ = ["StandIns", "ValuesNeeded"]
 
 aten = torch.ops.aten
-Result = torch.Tensor | tuple[torch.Tensor, ...] | None
 Dependence = tuple[set[int], ...]
-
-# Multiplications from which a contraction takes longer than zeros of its result's shape.
-_LARGE = 1_000_000
 
 
 class ValuesNeeded(BaseException):  # no error; no handler of the model's is to catch it
@@ -46,6 +41,7 @@ class StandIns:
         self._parameters: set[int] = set()
         self._given: set[int] = set()  # what depends on the inputs
         self._marked: set[int] = set()
+        self._zeros = Zeros()
 
     def start(self, slots: Iterable[Slot]) -> None:
         """The tensors that there are before the forward."""
@@ -78,8 +74,8 @@ class StandIns:
         marked = not self._marked.isdisjoint(inputs)
         if marked:
             self._check(func, op.args, op.kwargs)
-        contraction = _CONTRACTIONS.get(func)
-        out = contraction(*args, **kwargs) if contraction is not None else None
+        stand_in = CONTRACTIONS.get(func) or (ELEMENTWISE.get(func) if marked else None)
+        out = stand_in(self._zeros, *args, **kwargs) if stand_in is not None else None
         if out is not None:
             return out, (self._given, self._marked)
         return func(*args, **kwargs), (self._given, self._marked) if marked else (self._given,)
@@ -109,86 +105,3 @@ class StandIns:
 @functools.cache
 def _depends_on_data(func: Any) -> bool:
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-
-
-# Each function takes an operator's arguments and gives the stand-in for its result. It gives None where the contraction
-# is small, or its arguments are not of the common kind, wrong ones included: then it is computed, or raises as it does.
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor) -> Result:
-    """(*B, M, K) x (*B, K, N) -> (*B, M, N)."""
-    fits = a.dim() == b.dim() and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
-    if not fits or a.dtype is not b.dtype or a.numel() * b.shape[-1] < _LARGE or not _dense(a, b):
-        return None
-    return a.new_zeros((*a.shape[:-1], b.shape[-1]))
-
-
-def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: Any) -> Result:
-    """(N,) or (*B, M, N), plus (*B, M, K) x (*B, K, N)."""
-    fits = bias.dim() > 0 and bias.shape[-1] == b.shape[-1] and (bias.dim() == 1 or bias.shape[:-1] == a.shape[:-1])
-    return _mm(a, b) if fits and bias.dtype is a.dtype and not scales else None
-
-
-def _convolution(  # noqa: PLR0917  (the operator's own)
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Result:
-    """x: (N, G*I, *s), w: (G*O, I, *k) -> (N, G*O, *s'); transposed w: (G*I, O, *k)."""
-    d = w.dim() - 2
-    if x.dim() != d + 2 or any(len(sizes) != d for sizes in (stride, padding, dilation)) or not _dense(x, w):
-        return None
-    inner, outer = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
-    fits = x.shape[1] == inner and w.shape[0] % groups == 0 and x.dtype is w.dtype
-    if not fits or (bias is not None and (bias.shape != (outer,) or bias.dtype is not x.dtype)):
-        return None
-    space = list(zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
-    if transposed:
-        sizes = [(n - 1) * s - 2 * p + r * (k - 1) + 1 for n, k, s, p, r in space]
-        sizes = [n + extra for n, extra in zip(sizes, output_padding, strict=True)]
-    else:
-        sizes = [(n + 2 * p - r * (k - 1) - 1) // s + 1 for n, k, s, p, r in space]
-    places = math.prod(x.shape[2:] if transposed else sizes)
-    if min(sizes, default=1) < 1 or x.shape[0] * places * w.numel() < _LARGE:
-        return None
-    shape = (x.shape[0], outer, *sizes)
-    if all(suggest_memory_format(t) is torch.contiguous_format for t in (x, w)):
-        return x.new_zeros(shape) if x.is_contiguous() and w.is_contiguous() else None
-    if d == 2 and not transposed and x.dtype is torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.new_zeros((shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
-    return None
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, attn_mask: torch.Tensor | None = None, **__: Any
-) -> Result:
-    """q: (N, H, L, E), k and v: (N, H, S, E) -> (N, H, L, E), laid out as q, and (N, H, L)."""
-    n, h, length, e = q.shape
-    s = k.shape[2]
-    if k.shape != (n, h, s, e) or v.shape != k.shape or q.numel() * s < _LARGE:
-        return None
-    mask = () if attn_mask is None else attn_mask.shape
-    fits = all(size in (1, full) for size, full in zip(reversed(mask), (s, length, h, n), strict=False))
-    if not fits or any(t.dtype is not torch.float32 for t in (q, k, v)) or not _dense(q, k, v):
-        return None
-    return torch.zeros_like(q), q.new_zeros((n, length, h)).transpose(1, 2)
-
-
-def _dense(*tensors: torch.Tensor) -> bool:
-    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided for t in tensors)
-
-
-_CONTRACTIONS: dict[Any, Callable[..., Result]] = {
-    aten.mm.default: _mm,
-    aten.bmm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten.baddbmm.default: _addmm,
-    aten.convolution.default: _convolution,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-}

@@ -1,0 +1,272 @@
+"""Zeros in place of the results of ATen operators: what the stand-ins of a capture are.
+
+Each function takes what makes zeros and an operator's arguments, and gives the stand-in for its result, of the shape,
+strides and dtype that torch gives. It gives None where computing is as fast, or the arguments are not of the common
+kind, wrong ones included: then the operator runs, or raises as it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+__all__ = ["CONTRACTIONS", "ELEMENTWISE", "Zeros"]
+
+aten = torch.ops.aten
+Result = torch.Tensor | tuple[torch.Tensor, ...] | None
+
+# Multiplications from which a contraction takes longer than zeros of its result's shape.
+_LARGE = 1_000_000
+# The same in elements of an elementwise result.
+_MANY = 32_768
+
+
+class Zeros:
+    """Makes contiguous zeros that take neither memory nor time of their own: one buffer is behind all of them.
+
+    To PyTorch each has a storage of its own. So a write to one shows in the others, which is why nothing may depend on
+    what they hold.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def __call__(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Of the dtype and device of ``like``."""
+        count = math.prod(shape)
+        if like.device.type != "cpu" or count < _MANY:
+            return like.new_zeros(shape)
+        if len(self._buffer) < count * like.itemsize:  # tensors keep the buffer that they were made of
+            self._buffer = bytearray(count * like.itemsize)
+        return torch.frombuffer(self._buffer, dtype=like.dtype, count=count).view(shape)
+
+
+def _dense(*tensors: torch.Tensor) -> bool:
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided for t in tensors)
+
+
+def _contiguous(x: torch.Tensor) -> bool:
+    """Whether the strides are those of a new tensor; ``is_contiguous`` takes any for a dim of size 1."""
+    step = 1
+    for n, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= max(n, 1)
+    return True
+
+
+# -- contractions ------------------------------------------------------------------------------------------------------
+
+
+def _mm(zeros: Zeros, a: torch.Tensor, b: torch.Tensor) -> Result:
+    """(*B, M, K) x (*B, K, N) -> (*B, M, N)."""
+    fits = a.dim() == b.dim() and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+    if not fits or a.dtype is not b.dtype or a.numel() * b.shape[-1] < _LARGE or not _dense(a, b):
+        return None
+    return zeros(a, (*a.shape[:-1], b.shape[-1]))
+
+
+def _addmm(zeros: Zeros, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: Any) -> Result:
+    """(N,) or (*B, M, N), plus (*B, M, K) x (*B, K, N)."""
+    fits = bias.dim() > 0 and bias.shape[-1] == b.shape[-1] and (bias.dim() == 1 or bias.shape[:-1] == a.shape[:-1])
+    return _mm(zeros, a, b) if fits and bias.dtype is a.dtype and not scales else None
+
+
+def _convolution(  # noqa: PLR0917  (the operator's own)
+    zeros: Zeros,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Result:
+    """x: (N, G*I, *s), w: (G*O, I, *k) -> (N, G*O, *s'); transposed w: (G*I, O, *k)."""
+    d = w.dim() - 2
+    if x.dim() != d + 2 or any(len(sizes) != d for sizes in (stride, padding, dilation)) or not _dense(x, w):
+        return None
+    inner, outer = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
+    fits = x.shape[1] == inner and w.shape[0] % groups == 0 and x.dtype is w.dtype
+    if not fits or (bias is not None and (bias.shape != (outer,) or bias.dtype is not x.dtype)):
+        return None
+    space = list(zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
+    if transposed:
+        sizes = [(n - 1) * s - 2 * p + r * (k - 1) + 1 for n, k, s, p, r in space]
+        sizes = [n + extra for n, extra in zip(sizes, output_padding, strict=True)]
+    else:
+        sizes = [(n + 2 * p - r * (k - 1) - 1) // s + 1 for n, k, s, p, r in space]
+    places = math.prod(x.shape[2:] if transposed else sizes)
+    if min(sizes, default=1) < 1 or x.shape[0] * places * w.numel() < _LARGE:
+        return None
+    shape = (x.shape[0], outer, *sizes)
+    if all(suggest_memory_format(t) is torch.contiguous_format for t in (x, w)):
+        return zeros(x, shape) if x.is_contiguous() and w.is_contiguous() else None
+    if d == 2 and not transposed and x.dtype is torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+        return zeros(x, (shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
+    return None
+
+
+def _attention(
+    zeros: Zeros,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *_: Any,
+    attn_mask: torch.Tensor | None = None,
+    **__: Any,
+) -> Result:
+    """q: (N, H, L, E), k and v: (N, H, S, E) -> (N, H, L, E), laid out as q, and (N, H, L)."""
+    n, h, length, e = q.shape
+    s = k.shape[2]
+    if k.shape != (n, h, s, e) or v.shape != k.shape or q.numel() * s < _LARGE:
+        return None
+    mask = () if attn_mask is None else attn_mask.shape
+    fits = all(size in (1, full) for size, full in zip(reversed(mask), (s, length, h, n), strict=False))
+    if not fits or any(t.dtype is not torch.float32 for t in (q, k, v)) or not _dense(q, k, v):
+        return None
+    if _contiguous(q.transpose(1, 2)):
+        out = zeros(q, (n, length, h, e)).transpose(1, 2)
+    else:
+        out = zeros(q, q.shape) if _contiguous(q) else torch.zeros_like(q)
+    return out, q.new_zeros((n, length, h)).transpose(1, 2)
+
+
+CONTRACTIONS: dict[Any, Callable[..., Result]] = {
+    aten.mm.default: _mm,
+    aten.bmm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten.convolution.default: _convolution,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+}
+
+
+# -- elementwise operators, of stand-ins -------------------------------------------------------------------------------
+
+
+def _many(x: Any) -> bool:
+    """Whether ``x`` is a tensor of floating-point numbers that is worth it."""
+    return isinstance(x, torch.Tensor) and x.numel() >= _MANY and x.is_floating_point() and _dense(x)
+
+
+def _unary(zeros: Zeros, x: torch.Tensor, *_: Any, **__: Any) -> Result:
+    """A function of every element, ``x``: any shape."""
+    return zeros(x, x.shape) if _many(x) and _contiguous(x) else None
+
+
+def _fits(a: Any, b: Any) -> bool:
+    """Whether the result for ``a`` and ``b`` has the shape and dtype of ``a``."""
+    if isinstance(b, torch.Tensor):
+        sizes = zip(reversed(b.shape), reversed(a.shape), strict=False)
+        small = b.dim() <= a.dim() and all(n in (1, full) for n, full in sizes)
+        return small and b.dtype is a.dtype and b.device == a.device and _dense(b)
+    return type(b) in (int, float)
+
+
+def _binary(zeros: Zeros, a: Any, b: Any, **_: Any) -> Result:
+    """A function of pairs of elements; either may be a number, or a tensor that is broadcast to the other's shape."""
+    for x, y in ((a, b), (b, a)):
+        if _many(x) and _contiguous(x) and _fits(x, y):
+            return zeros(x, x.shape) if not isinstance(y, torch.Tensor) or _contiguous(y) else None
+    return None
+
+
+def _unary_(_zeros: Zeros, x: torch.Tensor, *_: Any, **__: Any) -> Result:
+    """In place."""
+    return x if _many(x) else None
+
+
+def _binary_(_zeros: Zeros, x: torch.Tensor, y: Any, **_: Any) -> Result:
+    """In place."""
+    return x if _many(x) and _fits(x, y) else None
+
+
+def _softmax(zeros: Zeros, x: torch.Tensor, dim: int, half_to_float: bool) -> Result:
+    """x: any shape."""
+    return _unary(zeros, x) if -x.dim() <= dim < x.dim() and not half_to_float else None
+
+
+def _layer_norm(
+    zeros: Zeros,
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *_: float,
+) -> Result:
+    """x: (*B, *shape) -> as x, and mean and inverse deviation: (*B, 1, ...)."""
+    given = [t for t in (weight, bias) if t is not None]
+    kept = x.dim() - len(shape)
+    fits = kept >= 0 and x.shape[kept:] == tuple(shape) and all(t.shape == tuple(shape) for t in given)
+    if not fits or not _many(x) or not _contiguous(x) or any(t.dtype is not x.dtype for t in given):
+        return None
+    sizes = (*x.shape[:kept], *[1] * len(shape))
+    return zeros(x, x.shape), zeros(x, sizes), zeros(x, sizes)
+
+
+def _batch_norm(  # noqa: PLR0917  (the operator's own)
+    zeros: Zeros,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    training: bool,
+    *_: float,
+) -> Result:
+    """x: (N, C, *s) -> as x, by statistics that there are; two empty tensors take the place of those of the batch."""
+    given = [t for t in (weight, bias, mean, var) if t is not None]
+    if training or mean is None or var is None or not _many(x) or not _contiguous(x):
+        return None
+    if any(t.shape != x.shape[1:2] or t.dtype is not x.dtype for t in given):
+        return None
+    return zeros(x, x.shape), x.new_zeros(0), x.new_zeros(0)
+
+
+def _cat(zeros: Zeros, tensors: Sequence[torch.Tensor], dim: int = 0) -> Result:
+    """Tensors of one shape but for ``dim``."""
+    first = tensors[0]
+    if not -first.dim() <= dim < first.dim():
+        return None
+    dim %= first.dim()
+    if not all(_dense(t) and _contiguous(t) and t.dtype is first.dtype and t.dim() == first.dim() for t in tensors):
+        return None
+    shape = list(first.shape)
+    if any(n != m for t in tensors for d, (n, m) in enumerate(zip(t.shape, shape, strict=True)) if d != dim):
+        return None
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return zeros(first, shape) if first.is_floating_point() and math.prod(shape) >= _MANY else None
+
+
+def _clone(zeros: Zeros, x: torch.Tensor, *, memory_format: torch.memory_format | None = None) -> Result:
+    """x: any shape; asked for in the default layout, or in the default layout already."""
+    plain = memory_format is torch.contiguous_format or (
+        memory_format in (None, torch.preserve_format) and _contiguous(x)
+    )
+    return zeros(x, x.shape) if plain and _many(x) else None
+
+
+ELEMENTWISE: dict[Any, Callable[..., Result]] = {
+    **{
+        getattr(aten, name).default: _unary
+        for name in ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "mish", "elu")
+    },
+    **{
+        getattr(aten, name).default: _unary_
+        for name in ("relu_", "silu_", "sigmoid_", "tanh_", "hardswish_", "hardsigmoid_", "hardtanh_", "mish_", "elu_")
+    },
+    **{getattr(aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
+    **{getattr(aten, name).Tensor: _binary_ for name in ("add_", "sub_", "mul_", "div_")},
+    aten._softmax.default: _softmax,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.cat.default: _cat,
+    aten.clone.default: _clone,
+}
