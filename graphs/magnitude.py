@@ -45,13 +45,16 @@ class Magnitude:
         starts = np.cumsum([0, *sizes])
         first = {group.atom: int(start) for group, start in zip(self._channels.groups, starts, strict=False)}
         total = np.zeros(starts[-1])
-        layouts: dict[int, _Layout] = {}  # tensors of one layer share their axes
+        layouts: dict[int, tuple[_Layout, list[Energies]]] = {}  # tensors of one layer share their axes
         for name, dim, units in self._channels.units():
-            if id(units) not in layouts:
-                layouts[id(units)] = _Layout.of(units, first)
             energy = self._energy(name, dim)
-            if energy is not None:
-                layouts[id(units)].add(energy, total)
+            if energy is None:
+                continue
+            if id(units) not in layouts:
+                layouts[id(units)] = _Layout.of(units, first), []
+            layouts[id(units)][1].append(energy)
+        for layout, energies in layouts.values():
+            layout.add(np.stack(energies), total)
         for group, start in zip(self._channels.groups, starts, strict=False):
             self._totals[group.atom] = total[start : start + group.size]
 
@@ -70,12 +73,14 @@ class _Layout:
 
     Attributes:
         positions: indices along the axis, atom by atom.
+        first: where in ``positions`` each atom begins.
         units: the unit, among all units, that each of them belongs to.
         atoms: the number of its atom.
         shared: for each atom, how many indices a unit has.
     """
 
     positions: Indices
+    first: Indices
     units: Indices
     atoms: Indices
     shared: Indices
@@ -87,14 +92,18 @@ class _Layout:
         counts = [len(found) for found in units.values()]
         starts = np.repeat([first[atom] for atom in units], counts)
         shared = np.array([count // atom.size for atom, count in zip(units, counts, strict=True)])
-        return _Layout(pairs[:, 1], pairs[:, 0] + starts, np.repeat(np.arange(len(counts)), counts), shared)
+        begins = np.cumsum([0, *counts[:-1]])
+        return _Layout(pairs[:, 1], begins, pairs[:, 0] + starts, np.repeat(np.arange(len(counts)), counts), shared)
 
-    def add(self, energy: Energies, total: Energies) -> None:
-        """Add the mean over each unit's indices, in units of the mean over all indices of its atom."""
-        values = energy[self.positions]
-        mean = np.bincount(self.atoms, values) / np.bincount(self.atoms)
+    def add(self, energies: Energies, total: Energies) -> None:
+        """Add the mean over each unit's indices, in units of the mean over all indices of its atom.
+
+        energies: one row for each tensor.
+        """
+        values = energies[:, self.positions]
+        mean = np.add.reduceat(values, self.first, axis=1) / np.bincount(self.atoms)
         weight = np.divide(1.0, mean * self.shared, out=np.zeros_like(mean), where=mean > 0)
-        np.add.at(total, self.units, values * weight[self.atoms])
+        np.add.at(total, self.units, (values * weight[:, self.atoms]).sum(0))
 
 
 def _sum_of_squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:
