@@ -31,6 +31,7 @@ from chase_fx.graphs.freed import setting
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
+from chase_fx.graphs.inference import without_inference_mode
 from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
@@ -159,7 +160,7 @@ class Recorder(Drawing):
         return [(nn.Module, name, function) for name, function in new.items()]
 
     def _function_patches(self) -> list[Patch]:
-        """``set_``, ``Function.apply``, and the forward of each function: a bound ``apply`` can't be replaced."""
+        """Besides ``Function.apply`` the forward of each function: a bound ``apply`` can't be replaced."""
         original = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
@@ -172,8 +173,8 @@ class Recorder(Drawing):
                     return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
-        own = setting(lambda: recorder._active and not transformed(), recorder.let_go)
-        return [own, (torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
+        own = [setting(lambda: recorder._active and not transformed(), recorder.let_go), without_inference_mode()]
+        return [*own, (torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
 
     def _whole_patches(self) -> list[Patch]:
         recorder = self

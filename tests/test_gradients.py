@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import random
 from collections.abc import Callable
 
@@ -114,3 +116,38 @@ def test_dropout_draws_what_the_model_draws() -> None:
         found.append(gradients.learned(trained, trained(*x), x))
         found[-1]["output state"] = torch.get_rng_state().double()
     assert gradients.gap(*found) == 0.0
+
+
+class Region(nn.Module):
+    """A layer in the middle runs in a region without gradients."""
+
+    def __init__(self, region: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.region = region
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        with self.region():
+            z = self.second(y.relu())
+        return self.last(z.clone())
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
+def test_regions_without_gradients(region: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    """Nothing in front of one learns, and its layers shrink as others do."""
+    net, x = Region(region).eval(), torch.randn(3, 6)
+    slim = chase_fx.prune(net, x, channel_sparsity=0.5)
+    assert (slim.second.in_features, slim.second.out_features) == (4, 4)
+    for module in (net, chase_fx.trace(net, x), slim):
+        module(x).sum().backward()
+        learning = {name for name, p in module.named_parameters() if p.grad is not None}
+        assert learning == {"last.weight", "last.bias"}
+
+
+def test_a_region_of_inference_mode_that_is_off() -> None:
+    """Has gradients."""
+    net, x = Region(functools.partial(torch.inference_mode, mode=False)).eval(), torch.randn(3, 6)
+    traced = chase_fx.trace(net, x)
+    traced(x).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
