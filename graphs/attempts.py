@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.guards import expect
-from chase_fx.graphs.inputs import add_inputs, faked, shapes
+from chase_fx.graphs.inputs import Blank, add_inputs, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
@@ -29,7 +30,8 @@ from chase_fx.graphs.outcomes import Outcomes
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.remembered import Attributes, forget
 from chase_fx.graphs.source import line_of_error
-from chase_fx.graphs.standins import ValuesNeeded
+from chase_fx.graphs.standin_results import Zeros
+from chase_fx.graphs.standins import StandIns, ValuesNeeded
 from chase_fx.graphs.tape import Slot
 from chase_fx.graphs.traced import Capture, OutputLeaf
 from chase_fx.graphs.trees import named_tensors, tensors_in
@@ -64,11 +66,11 @@ class Way:
 
     Attributes:
         training: in train mode.
-        fake: on fake tensors, for the model has no data.
+        fake: without data, for the model has none.
         unroll: loops over the places of a mask are unrolled for every place.
         may_hash: live numbers may be hashed, for caches of functions are watched.
         dead: places that unrolled loops leave out.
-        values: contractions are computed, however large.
+        values: contractions are computed, however large; without data, all tensors are fake.
         outcomes: how decisions are to go.
         ambient: inside a region of autocast.
     """
@@ -98,11 +100,11 @@ def quiet_torch(root: nn.Module) -> Iterator[None]:
         _functional._verify_batch_size = verify
 
 
-def copy_of(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
-    """A copy of ``model`` to run, on fake tensors with ``fake``."""
-    state = () if fake is None else (*model.parameters(), *model.buffers())
+def copy_of(model: nn.Module, blank: Blank | None = None) -> nn.Module:
+    """A copy of ``model`` to run, whose tensors ``blank`` makes."""
+    state = () if blank is None else (*model.parameters(), *model.buffers())
     try:
-        return cast("nn.Module", duplicate(model, {id(t): faked(fake, t) for t in state if fake is not None}))
+        return cast("nn.Module", duplicate(model, {id(t): _made(blank, t) for t in state if blank is not None}))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(e).__name__}: {e}); trace works on a copy, so that the "
@@ -110,13 +112,19 @@ def copy_of(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
         ) from e
 
 
+def _made(blank: Blank, tensor: torch.Tensor) -> torch.Tensor:
+    made = blank(tensor)
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
 def record(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     """One capture, at first without values where they can be done without.
 
     Every attempt has a copy of the model of its own: what one forward leaves in its modules (a cache of a result) would
-    be a constant of the next.
+    be a constant of the next. A model without data runs on stand-ins alone at first, then on fake tensors, which are
+    slower but hold for every operator.
     """
-    if inputs.device is None or inputs.device.type != "cpu":
+    if not way.fake and (inputs.device is None or inputs.device.type != "cpu"):
         way = replace(way, values=True)
     while True:
         try:
@@ -133,13 +141,17 @@ def record(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
 
 def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     bound = inputs.bound
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake else None
-    device = inputs.device if fake is None else torch.device("cpu")
-    root = copy_of(model, fake)
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if way.fake and way.values else None
+    zeros = Zeros()
+    blank = partial(faked, fake) if fake is not None else zeros.laid_out_as if way.fake else None
+    device = torch.device("cpu") if way.fake else inputs.device
+    root = copy_of(model, blank)
     forget(root, inputs.forgotten)
     enter_mode(root, training=way.training)
-    buffers = [(m, name, b, b.clone()) for m in root.modules() for name, b in m._buffers.items() if b is not None]
-    recorder = Recorder(root, device, inputs.leaves, inputs.whole, values=way.values)
+    owned = [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b, b if way.fake else b.clone()) for m, name, b in owned]
+    standins = None if way.values else StandIns(zeros, hollow=way.fake)
+    recorder = Recorder(root, device, inputs.leaves, inputs.whole, standins=standins)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
     recorder.arguments.model, recorder.outcomes, recorder.training = model, way.outcomes, way.training
     trainable = [p for p in root.parameters() if p.requires_grad]
@@ -149,7 +161,7 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
         for p in trainable:
             p.requires_grad = False
         with restored_generators() as state, torch.enable_grad(), quiet_torch(root), fake or nullcontext():
-            args, kwargs = add_inputs(recorder.arguments, fake, bound, len(inputs.args), expect)
+            args, kwargs = add_inputs(recorder.arguments, blank, bound, len(inputs.args), expect)
             recorder.watch_generators(state)
             with inside_region(device) if way.ambient else nullcontext(), recorder.running():
                 out = root(*args, **kwargs)  # with the hooks that it has
@@ -211,5 +223,6 @@ def _check(recorder: Recorder, known: set[int]) -> None:
     standins, tape = recorder.standins, recorder.tape
     assert standins is not None
     made = [tape.find(buffer) for buffer in recorder.root.buffers() if id(buffer) not in known]
-    if standins.gave_up or standins.marks(slot for slot in made if slot is not None):
+    kept = standins.hollow and bool(recorder.arguments.constants)  # which may be made of what holds no data
+    if kept or standins.gave_up or standins.marks(slot for slot in made if slot is not None):
         raise ValuesNeeded

@@ -22,6 +22,7 @@ from chase_fx.graphs.live import LiveFloat, LiveInt, fix
 from chase_fx.graphs.outcomes import Decision, Outcomes
 from chase_fx.graphs.recording import Recording
 from chase_fx.graphs.source import source_line, source_place
+from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.whole import enclosing
 
 __all__ = ["READS_DATA", "Decisions"]
@@ -60,8 +61,8 @@ _ABOUT = frozenset(
 class Decisions(Recording):
     """A recording of numbers from data, and of what Python decides by data."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None, *, values: bool) -> None:
-        super().__init__(root, device, values=values)
+    def __init__(self, root: nn.Module, device: torch.device | None, *, standins: StandIns | None) -> None:
+        super().__init__(root, device, standins=standins)
         self.outcomes = Outcomes()
         self.decisions: list[Decision] = []
         self._settled: dict[tuple[Node, int], bool] = {}

@@ -29,6 +29,7 @@ from chase_fx.graphs.patches import Patch
 from chase_fx.graphs.reach import Code
 from chase_fx.graphs.reads import Reads
 from chase_fx.graphs.source import source_line
+from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.traced import OutputLeaf
 from chase_fx.graphs.whole import Function, bindings, named
 
@@ -40,8 +41,8 @@ _OWN_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 class Drawing(Reads):
     """A recording of random draws."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None, code: Code, *, values: bool) -> None:
-        super().__init__(root, device, values=values)
+    def __init__(self, root: nn.Module, device: torch.device | None, code: Code, *, standins: StandIns | None) -> None:
+        super().__init__(root, device, standins=standins)
         self.code = code
         self.training = root.training
         self.outputs: tuple[OutputLeaf, ...] = ()  # the tensors of the result

@@ -16,7 +16,9 @@ from chase_fx.errors import ArgumentError, CaptureError, DeviceMismatchError, No
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
 from chase_fx.graphs.trees import tensors_in
 
-__all__ = ["add_inputs", "check_devices", "check_model", "faked", "given", "shapes"]
+__all__ = ["Blank", "add_inputs", "check_devices", "check_model", "faked", "given", "shapes"]
+
+Blank = Callable[[torch.Tensor], torch.Tensor]
 
 
 def given(
@@ -84,13 +86,12 @@ def faked(fake: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """
     device = torch.device("cpu") if value.is_meta else value.device
     with fake:
-        tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return nn.Parameter(tensor, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else tensor
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
 
 def add_inputs(
     arguments: Arguments,
-    fake: FakeTensorMode | None,
+    blank: Blank | None,
     bound: inspect.BoundArguments,
     positional: int,
     guard: Callable[..., Any],
@@ -98,7 +99,8 @@ def add_inputs(
     """Placeholders for the whole signature, and the arguments to call the forward with.
 
     What was given by position stays by position, keywords stay keywords, and what was not given is not passed, for
-    decorators of the forward may look at that. Tensors are aliased, so that no two arguments are the same object.
+    decorators of the forward may look at that. Tensors are aliased, so that no two arguments are the same object. Where
+    there is no data, ``blank`` makes a tensor of the layout of another.
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -106,15 +108,15 @@ def add_inputs(
     for name, parameter in bound.signature.parameters.items():
         given = name in bound.arguments
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            value = _fresh(bound.arguments.get(name, ()), fake)
+            value = _fresh(bound.arguments.get(name, ()), blank)
             nodes.append((value, arguments.add_input(f"*{name}", NO_DEFAULT), name))
             args.extend(value)
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            value = _fresh(bound.arguments.get(name, {}), fake)
+            value = _fresh(bound.arguments.get(name, {}), blank)
             nodes.append((value, arguments.add_input(f"**{name}", NO_DEFAULT), name))
             kwargs.update(value)
         else:
-            value = _fresh(bound.arguments.get(name, parameter.default), fake)
+            value = _fresh(bound.arguments.get(name, parameter.default), blank)
             default = NO_DEFAULT if parameter.default is inspect.Parameter.empty else parameter.default
             nodes.append((value, arguments.add_input(name, default), name))
             if given and parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(args) < positional:
@@ -126,17 +128,17 @@ def add_inputs(
     return tuple(args), kwargs
 
 
-def _fresh(value: Any, fake: FakeTensorMode | None) -> Any:
+def _fresh(value: Any, blank: Blank | None) -> Any:
     if isinstance(value, torch.Tensor):
-        if fake is not None:
-            value = faked(fake, value)
+        if blank is not None:
+            value = blank(value)
         return value.detach().clone()  # a forward may write to its inputs
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_fresh(v, fake) for v in value))
+        return type(value)(*(_fresh(v, blank) for v in value))
     if type(value) in (tuple, list):
-        return type(value)(_fresh(v, fake) for v in value)
+        return type(value)(_fresh(v, blank) for v in value)
     if type(value) is dict:
-        return {k: _fresh(v, fake) for k, v in value.items()}
+        return {k: _fresh(v, blank) for k, v in value.items()}
     return value
 
 

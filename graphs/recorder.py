@@ -42,6 +42,7 @@ from chase_fx.graphs.reach import is_own, reachable_code
 from chase_fx.graphs.reads import SIZE_CALLS
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
+from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.trees import holds_tensor, only_tensors
 from chase_fx.graphs.whole import Function, bindings
 
@@ -72,9 +73,9 @@ class Recorder(Drawing):
         leaves: Leaves,
         whole: tuple[Function, ...] = (),
         *,
-        values: bool,
+        standins: StandIns | None,
     ) -> None:
-        super().__init__(root, device, reachable_code(root), values=values)
+        super().__init__(root, device, reachable_code(root), standins=standins)
         self.leaves = leaves
         self.whole = whole
         self.reads_training = False
@@ -94,8 +95,7 @@ class Recorder(Drawing):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record everything inside the block."""
-        training = {id(m): m.training for _, m in self.modules}
-        self.modes = {name: m.training for name, m in self.modules}
+        training, self.modes = {id(m): m.training for _, m in self.modules}, {n: m.training for n, m in self.modules}
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)

@@ -31,14 +31,14 @@ __all__ = ["Recording"]
 class Recording(TorchFunctionMode):
     """A graph and a tape in the making."""
 
-    def __init__(self, root: nn.Module, device: torch.device | None, *, values: bool) -> None:
+    def __init__(self, root: nn.Module, device: torch.device | None, *, standins: StandIns | None) -> None:
         super().__init__()
         self.root = root
         self.modules = modules_of(root)
         self.graph = Graph()
         self.tape = Tape()
         self.arguments = Arguments(self.modules, self.graph, self.tape, device)
-        self.standins = None if values else StandIns()
+        self.standins = standins
         self.tape_mode = TapeMode(self.tape, self.standins)
         self.specialised = self.arguments.specialised
         self.decided: list[str] = []  # what the forward read from data, where the graph has both ways

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 
 __all__ = ["CONTRACTIONS", "ELEMENTWISE", "Zeros"]
 
@@ -33,16 +34,31 @@ class Zeros:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer = np.zeros(0, np.uint8)
 
     def __call__(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Of the dtype and device of ``like``."""
         count = math.prod(shape)
         if like.device.type != "cpu" or count < _MANY:
             return like.new_zeros(shape)
-        if len(self._buffer) < count * like.itemsize:  # tensors keep the buffer that they were made of
-            self._buffer = bytearray(count * like.itemsize)
-        return torch.frombuffer(self._buffer, dtype=like.dtype, count=count).view(shape)
+        return self._flat(like.dtype, count).view(shape)
+
+    def strided(self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        """On the CPU, with these strides."""
+        if math.prod(shape) < _MANY:
+            return torch.empty_strided(shape, strides, dtype=dtype).zero_()
+        count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        return self._flat(dtype, count).as_strided(shape, strides)
+
+    def laid_out_as(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the CPU, of the dtype, shape and strides of ``tensor``."""
+        return self.strided(tensor.dtype, tensor.shape, tensor.stride())
+
+    def _flat(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        size = count * dtype.itemsize
+        if self._buffer.nbytes < size:  # tensors keep the buffer that they were made of
+            self._buffer = np.zeros(size, np.uint8)  # which the system provides where it is touched
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count)
 
 
 def _dense(*tensors: torch.Tensor) -> bool:
@@ -122,20 +138,16 @@ def _attention(
     attn_mask: torch.Tensor | None = None,
     **__: Any,
 ) -> Result:
-    """q: (N, H, L, E), k and v: (N, H, S, E) -> (N, H, L, E), laid out as q, and (N, H, L)."""
+    """q: (N, G*H, L, E), k and v: (N, G, S, E) -> (N, G*H, L, E), laid out as q, and (N, G*H, L)."""
     n, h, length, e = q.shape
-    s = k.shape[2]
-    if k.shape != (n, h, s, e) or v.shape != k.shape or q.numel() * s < _LARGE:
+    groups, s = k.shape[1:3]
+    if h % max(groups, 1) or k.shape != (n, groups, s, e) or v.shape != k.shape or q.numel() * s < _LARGE:
         return None
     mask = () if attn_mask is None else attn_mask.shape
     fits = all(size in (1, full) for size, full in zip(reversed(mask), (s, length, h, n), strict=False))
     if not fits or any(t.dtype is not torch.float32 for t in (q, k, v)) or not _dense(q, k, v):
         return None
-    if _contiguous(q.transpose(1, 2)):
-        out = zeros(q, (n, length, h, e)).transpose(1, 2)
-    else:
-        out = zeros(q, q.shape) if _contiguous(q) else torch.zeros_like(q)
-    return out, q.new_zeros((n, length, h)).transpose(1, 2)
+    return zeros.laid_out_as(torch.empty_like(q)), q.new_zeros((n, length, h)).transpose(1, 2)
 
 
 CONTRACTIONS: dict[Any, Callable[..., Result]] = {
@@ -156,9 +168,36 @@ def _many(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.numel() >= _MANY and x.is_floating_point() and _dense(x)
 
 
+def _result(zeros: Zeros, x: torch.Tensor, *others: torch.Tensor) -> Result:
+    """Of the dtype and shape of ``x``, laid out as what torch computes element by element from all these.
+
+    Operators differ in the stride of a dim of size 1, unless it is the outermost one in memory.
+    """
+    if all(map(_contiguous, (x, *others))):
+        return zeros(x, x.shape)
+    strides = compute_elementwise_output_strides(x, *(t.expand(x.shape) for t in others))
+    if 1 in x.shape:
+        order = sorted(range(x.dim()), key=lambda d: (-strides[d], x.shape[d]))
+        if strides != x.stride() or x.is_contiguous() or not _contiguous(x.permute(order)):
+            return None
+    return zeros.strided(x.dtype, x.shape, strides)
+
+
 def _unary(zeros: Zeros, x: torch.Tensor, *_: Any, **__: Any) -> Result:
     """A function of every element, ``x``: any shape."""
-    return zeros(x, x.shape) if _many(x) and _contiguous(x) else None
+    return _result(zeros, x) if _many(x) else None
+
+
+def _power(zeros: Zeros, x: torch.Tensor, exponent: Any) -> Result:
+    """x: any shape, to a number."""
+    return _result(zeros, x) if _many(x) and type(exponent) in (int, float) else None
+
+
+def _to_copy(zeros: Zeros, x: torch.Tensor, *, dtype: torch.dtype | None = None, **others: Any) -> Result:
+    """x: any shape, in another precision."""
+    if dtype is None or not dtype.is_floating_point or any(others.values()) or not _many(x) or not _contiguous(x):
+        return None
+    return zeros.strided(dtype, x.shape, x.stride())
 
 
 def _fits(a: Any, b: Any) -> bool:
@@ -172,9 +211,10 @@ def _fits(a: Any, b: Any) -> bool:
 
 def _binary(zeros: Zeros, a: Any, b: Any, **_: Any) -> Result:
     """A function of pairs of elements; either may be a number, or a tensor that is broadcast to the other's shape."""
-    for x, y in ((a, b), (b, a)):
-        if _many(x) and _contiguous(x) and _fits(x, y):
-            return zeros(x, x.shape) if not isinstance(y, torch.Tensor) or _contiguous(y) else None
+    if _many(a) and _fits(a, b):
+        return _result(zeros, a, *([b] if isinstance(b, torch.Tensor) else []))
+    if _many(b) and _fits(b, a):
+        return _result(zeros, b, *([a] if isinstance(a, torch.Tensor) else []))
     return None
 
 
@@ -190,7 +230,7 @@ def _binary_(_zeros: Zeros, x: torch.Tensor, y: Any, **_: Any) -> Result:
 
 def _softmax(zeros: Zeros, x: torch.Tensor, dim: int, half_to_float: bool) -> Result:
     """x: any shape."""
-    return _unary(zeros, x) if -x.dim() <= dim < x.dim() and not half_to_float else None
+    return _unary(zeros, x) if _contiguous(x) and -x.dim() <= dim < x.dim() and not half_to_float else None
 
 
 def _layer_norm(
@@ -230,19 +270,30 @@ def _batch_norm(  # noqa: PLR0917  (the operator's own)
     return zeros(x, x.shape), x.new_zeros(0), x.new_zeros(0)
 
 
+def _is_default(x: torch.Tensor) -> bool:
+    return suggest_memory_format(x) is torch.contiguous_format
+
+
 def _cat(zeros: Zeros, tensors: Sequence[torch.Tensor], dim: int = 0) -> Result:
     """Tensors of one shape but for ``dim``."""
     first = tensors[0]
     if not -first.dim() <= dim < first.dim():
         return None
     dim %= first.dim()
-    if not all(_dense(t) and _contiguous(t) and t.dtype is first.dtype and t.dim() == first.dim() for t in tensors):
+    if not all(_dense(t) and _is_default(t) and t.dtype is first.dtype and t.dim() == first.dim() for t in tensors):
         return None
     shape = list(first.shape)
     if any(n != m for t in tensors for d, (n, m) in enumerate(zip(t.shape, shape, strict=True)) if d != dim):
         return None
     shape[dim] = sum(t.shape[dim] for t in tensors)
     return zeros(first, shape) if first.is_floating_point() and math.prod(shape) >= _MANY else None
+
+
+def _embedding(zeros: Zeros, weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> Result:
+    """weight: (K, D), indices: any shape -> (*shape, D)."""
+    if weight.dim() != 2 or not _dense(weight, indices) or indices.dtype not in (torch.int32, torch.int64):
+        return None
+    return zeros(weight, (*indices.shape, weight.shape[1]))
 
 
 def _clone(zeros: Zeros, x: torch.Tensor, *, memory_format: torch.memory_format | None = None) -> Result:
@@ -256,7 +307,22 @@ def _clone(zeros: Zeros, x: torch.Tensor, *, memory_format: torch.memory_format 
 ELEMENTWISE: dict[Any, Callable[..., Result]] = {
     **{
         getattr(aten, name).default: _unary
-        for name in ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "mish", "elu")
+        for name in (
+            "gelu",
+            "relu",
+            "silu",
+            "sigmoid",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+            "hardtanh",
+            "mish",
+            "elu",
+            "neg",
+            "rsqrt",
+            "sqrt",
+            "exp",
+        )
     },
     **{
         getattr(aten, name).default: _unary_
@@ -264,9 +330,12 @@ ELEMENTWISE: dict[Any, Callable[..., Result]] = {
     },
     **{getattr(aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
     **{getattr(aten, name).Tensor: _binary_ for name in ("add_", "sub_", "mul_", "div_")},
+    aten.pow.Tensor_Scalar: _power,
+    aten._to_copy.default: _to_copy,
     aten._softmax.default: _softmax,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_batch_norm.default: _batch_norm,
     aten.cat.default: _cat,
     aten.clone.default: _clone,
+    aten.embedding.default: _embedding,
 }

@@ -11,6 +11,7 @@ computed: code may keep it beyond the forward, such as a table in a cache by siz
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ __all__ = ["StandIns", "ValuesNeeded"]
 aten = torch.ops.aten
 Dependence = tuple[set[int], ...]
 
+# Elements of a tensor without data that an operator without a stand-in may run on.
+_LARGEST = 1 << 22
+
 
 class ValuesNeeded(BaseException):  # no error; no handler of the model's is to catch it
     """The forward depends on values that were not computed."""
@@ -32,24 +36,33 @@ class ValuesNeeded(BaseException):  # no error; no handler of the model's is to 
 class StandIns:
     """What is marked in one forward.
 
+    Args:
+        zeros: what stand-ins are made with.
+        hollow: the model and the inputs hold no data, but stand-ins themselves.
+
     Attributes:
         gave_up: whether values were needed; the forward may have caught the exception.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, zeros: Zeros, *, hollow: bool = False) -> None:
         self.gave_up = False
+        self.hollow = hollow
         self._parameters: set[int] = set()
         self._given: set[int] = set()  # what depends on the inputs
         self._marked: set[int] = set()
-        self._zeros = Zeros()
+        self._zeros = zeros
 
-    def start(self, slots: Iterable[Slot]) -> None:
+    def start(self, slots: Sequence[Slot]) -> None:
         """The tensors that there are before the forward."""
         for slot in slots:
             if slot.kind == "input":
                 self._given.add(slot.storage)
             elif slot.kind == "parameter":
                 self._parameters.add(slot.storage)
+        if self.hollow:
+            state = [slot.storage for slot in slots]
+            self._given.update(state)
+            self._marked.update(state)
 
     def marks(self, slots: Iterable[Slot]) -> bool:
         """Whether one of the tensors depends on a stand-in."""
@@ -78,6 +91,8 @@ class StandIns:
         out = stand_in(self._zeros, *args, **kwargs) if stand_in is not None else None
         if out is not None:
             return out, (self._given, self._marked)
+        if self.hollow and not func.is_view and any(math.prod(slot.shape) > _LARGEST for slot in op.inputs()):
+            self.give_up()  # computing it would touch memory that is not there
         return func(*args, **kwargs), (self._given, self._marked) if marked else (self._given,)
 
     def follow(self, outs: Sequence[Slot], dependence: Dependence) -> None:

@@ -48,6 +48,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "attention, heads last": lambda: attention(
         torch.randn(2, 60, 4, 32).transpose(1, 2), torch.randn(2, 70, 4, 32).transpose(1, 2)
     ),
+    "attention, grouped": lambda: attention(torch.randn(2, 4, 60, 32), torch.randn(2, 2, 70, 32)),
     "attention, fused": lambda: attention(
         torch.randn(2, 60, 3, 4, 32)[:, :, 0].transpose(1, 2), torch.randn(2, 70, 3, 4, 32)[:, :, 1].transpose(1, 2)
     ),
@@ -87,12 +88,15 @@ def elementwise(draw: st.DrawFn) -> Any:
     x = _laid_out(draw, shape, dtype)
     name = func._schema.name.removeprefix("aten::")
     args: tuple[Any, ...] = (x,)
+    kwargs: dict[str, Any] = {}
     if name.rstrip("_") in ("add", "sub", "mul", "div"):
         sizes = [draw(st.sampled_from((n, n, 1))) for n in shape][draw(st.integers(0, len(shape))) :]
         y = _laid_out(draw, sizes, draw(st.sampled_from((dtype, dtype, torch.float32, torch.int64))))
         args = x, draw(st.sampled_from((y, 2, 0.5)))
         if args[1] is y and not name.endswith("_") and draw(st.booleans()):
             args = y, x
+    elif name == "pow":
+        args = x, draw(st.sampled_from((2, 0.5, -1)))
     elif name == "_softmax":
         args = x, draw(st.integers(-len(shape), len(shape) - 1)), False
     elif name == "native_layer_norm":
@@ -106,17 +110,21 @@ def elementwise(draw: st.DrawFn) -> Any:
         dim = draw(st.integers(-len(shape), len(shape) - 1))
         others = [[draw(st.integers(0, 3)) if d == dim % len(shape) else n for d, n in enumerate(shape)] for _ in "ab"]
         args = [x, *(_laid_out(draw, sizes, dtype) for sizes in others)], dim
-    return func, args
+    elif name == "_to_copy":
+        kwargs = {"dtype": draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.int64)))}
+    elif name == "embedding":
+        args = x, torch.zeros(draw(st.sampled_from(([3], [2, 40], []))), dtype=torch.int64)
+    return func, args, kwargs
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(elementwise())
 def test_elementwise_stand_ins_look_like_the_results(call: Any) -> None:
     """Whatever the layouts: as torch's result, or none; an operator in place gives the tensor itself."""
-    func, args = call
-    found = ELEMENTWISE[func](Zeros(), *args)
+    func, args, kwargs = call
+    found = ELEMENTWISE[func](Zeros(), *args, **kwargs)
     if found is not None:
-        wanted = func(*args)
+        wanted = func(*args, **kwargs)
         assert look(found) == look(wanted)
         assert (found is args[0]) == (wanted is args[0])
 
@@ -133,6 +141,8 @@ PLAIN: dict[str, Callable[[], Any]] = {
         (torch.ones(1, 64, 32, 32), *(torch.ones(64) for _ in range(4)), False, 0.1, 1e-5),
     ),
     "cat": lambda: (aten.cat.default, ([torch.ones(64, 1024), torch.ones(3, 1024)],)),
+    "power": lambda: (aten.pow.Tensor_Scalar, (torch.ones(64, 1024).t(), 2)),
+    "embedding": lambda: (aten.embedding.default, (torch.ones(64, 1024), torch.zeros(40, dtype=torch.int64))),
     "clone": lambda: (aten.clone.default, (torch.ones(64, 1024),)),
 }
 
