@@ -40,7 +40,7 @@ class Following(Interpreter):
     """
 
     def __init__(self, module: TracedModule, graph: Graph, forced: Mapping[str, bool]) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
+        super().__init__(module, garbage_collect_values=True, graph=graph)
         self.forced = forced
         self.taken: dict[str, bool] = {}
         self.at = ""
@@ -53,9 +53,14 @@ class Following(Interpreter):
         ``Interpreter.run`` would make a progress bar for each run, shown or not, and a thread that watches it.
         """
         self._ways, self._runs, self.env, self.args_iter = [], True, {}, iter(args)
+        out = None
         for node in self.graph.nodes:
-            self.env[node] = self.run_node(node)
-        return self.env[self.graph.output_node()]
+            out = self.env[node] = self.run_node(node)
+            for used in self.user_to_last_uses.get(node, ()):
+                del self.env[used]
+            if not node.users:
+                del self.env[node]
+        return out
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""

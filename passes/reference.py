@@ -83,8 +83,10 @@ class MaskedReference(Following):
         out = initialised(node, out)
         slot = node.meta.get("slot")
         if isinstance(out, torch.Tensor) and slot is not None and slot.index in self.labels:
+            dense = out.detach()
+            kept = gather_kept(dense, self.labels[slot.index], self.masks)
             # A copy: a later node may write to it in place.
-            self.values[node.name] = gather_kept(out.detach(), self.labels[slot.index], self.masks).clone()
+            self.values[node.name] = dense.clone() if kept is dense else kept
         return out
 
     def keep(self, slot: Slot, dim: int) -> np.ndarray | None:

@@ -25,11 +25,12 @@ from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.leaves import plain_recurrence
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
-from chase_fx.passes.differences import largest, relative_difference
+from chase_fx.passes.comparing import Comparing
+from chase_fx.passes.differences import relative_difference
 from chase_fx.passes.draws import ConstantDraws
 from chase_fx.passes.evaluation import evaluated
-from chase_fx.passes.following import Following, ways
-from chase_fx.passes.reference import MaskedReference, gather_kept, initialised
+from chase_fx.passes.following import ways
+from chase_fx.passes.reference import MaskedReference, gather_kept
 from chase_fx.passes.rewrite import channels_for
 
 __all__ = ["VerificationReport", "verify"]
@@ -38,9 +39,6 @@ __all__ = ["VerificationReport", "verify"]
 # larger difference is measured again in double precision.
 _EXACT = 1e-9
 _QUICK = 1e-5
-# A node inside the graph that differs by more than this computes something else; smaller differences are left to the
-# outputs, for a node can amplify rounding where its values cancel.
-_GROSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -155,15 +153,16 @@ def _compare(
         ):  # fmt: skip
             reference = MaskedReference(traced, channels, 0, masks, forced)
             expected = _expected(reference, inputs)
-            recorded = _Recording(slim, forced)
+            nodes = len(reference.values)
+            compared = Comparing(slim, reference.values, forced)
             try:
                 with _same_draws():
-                    found = recorded.run(*_placed(recorded, inputs))
+                    found = compared.run(*_placed(compared, inputs))
             except (RuntimeError, IndexError, TypeError, ValueError) as e:
                 raise VerificationError(
-                    f"the slim graph fails at node '{recorded.at}' ({type(e).__name__}: {e}); the dense one runs. "
+                    f"the slim graph fails at node '{compared.at}' ({type(e).__name__}: {e}); the dense one runs. "
                     "This is a defect of Chase-FX or of a user-defined rule, not of your model: please report it",
-                    node=recorded.at,
+                    node=compared.at,
                 ) from e
     finally:
         for parameter in trainable:
@@ -175,15 +174,14 @@ def _compare(
     for (path, _), (want, have) in zip(named_tensors(expected), pairs, strict=True):
         labels = reference.labels[leaves[path].slot.index]
         worst = max(worst, relative_difference(gather_kept(want, labels, masks), have))
-    if dtype is torch.float64 and any(v.dtype is torch.float32 for v in recorded.values.values()):
+    if dtype is torch.float64 and compared.single:
         tolerance = _QUICK  # the forward itself goes through single precision, so its rounding is in the result
-    gross = _gross_difference(slim, reference, recorded)
-    if gross is not None:
-        worst = max(worst, gross[1])
-    report = VerificationReport(worst, tolerance, dtype, len(pairs), len(reference.values))
-    if gross is not None:
-        return report, gross[0], reference.taken
-    first = None if worst <= tolerance else _first_difference(slim, reference, recorded, tolerance)
+    if compared.gross is not None:
+        worst = max(worst, compared.gross[1])
+    report = VerificationReport(worst, tolerance, dtype, len(pairs), nodes)
+    if compared.gross is not None:
+        return report, compared.gross[0], reference.taken
+    first = None if worst <= tolerance else compared.first_beyond(tolerance)
     return report, first, reference.taken
 
 
@@ -205,21 +203,6 @@ def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[st
         ) from e
 
 
-class _Recording(Following):
-    """Keeps a copy of every node's value (a later node may write to it in place)."""
-
-    def __init__(self, module: TracedModule, forced: Mapping[str, bool]) -> None:
-        super().__init__(module, module.graph, forced)
-        self.values: dict[str, torch.Tensor] = {}
-
-    def compute(self, node: Node) -> Any:
-        """One node, of memory that the forward has not written yet a fixed number."""
-        out = initialised(node, super().compute(node))
-        if isinstance(out, torch.Tensor) and out.layout is torch.strided:
-            self.values[node.name] = out.detach().clone()
-        return out
-
-
 @contextmanager
 def _same_draws() -> Iterator[None]:
     """A forward that draws numbers in eval mode draws the same ones inside every such block, and none outside."""
@@ -231,62 +214,6 @@ def _same_draws() -> Iterator[None]:
         torch.set_rng_state(state)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-def _gross_difference(
-    slim: TracedModule, reference: MaskedReference, recorded: _Recording
-) -> tuple[Node, float] | None:
-    """The first node that differs by more than rounding does, and by how much, relative to it and its operands.
-
-    Outputs alone would not show everything: where most channels are gone, the last bias can be nearly all of them.
-    """
-    matters = _value_nodes(slim.graph)
-    reach: dict[str, float] = {}  # largest value among the node and all that it is computed from
-    for node in slim.graph.nodes:
-        operands = [n.name for n in node.all_input_nodes]
-        have = recorded.values.get(node.name)
-        own = 0.0 if have is None else largest(have)
-        reach[node.name] = max(own, max((reach[n] for n in operands), default=0.0))
-        want = reference.values.get(node.name)
-        if want is None or have is None or node not in matters:
-            continue
-        if not want.is_floating_point():
-            continue
-        # Where values cancel, what is left is rounding of what they were computed from.
-        rounding = 1e4 * torch.finfo(want.dtype).eps * reach[node.name]
-        near = max((largest(recorded.values[n]) for n in operands if n in recorded.values), default=0.0)
-        difference = relative_difference(want, have, max(near, rounding / _GROSS))
-        if difference > _GROSS:
-            return node, difference
-    return None
-
-
-def _value_nodes(graph: torch.fx.Graph) -> set[Node]:
-    """The nodes whose values the results depend on; a tensor that is only measured is not among them."""
-    found: set[Node] = set()
-    stack = [n for n in graph.nodes if n.op == "output" or n.meta.get("in_place")]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node.target not in ("size", "numel"):
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _first_difference(slim: TracedModule, reference: MaskedReference, recorded: _Recording, tolerance: float) -> Node:
-    node: Node
-    last: Node | None = None
-    for node in slim.graph.nodes:
-        last = node
-        want, have = reference.values.get(node.name), recorded.values.get(node.name)
-        if want is None or have is None or not want.is_floating_point():
-            continue
-        if want.shape != have.shape or relative_difference(want, have) > tolerance:
-            return node
-    assert last is not None
-    return last
 
 
 def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:

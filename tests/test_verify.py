@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 import chase_fx
+from chase_fx.passes.comparing import Comparing
+from chase_fx.passes.following import Following
 from tests.oracle import assert_exact, randomise
 
 
@@ -90,3 +93,26 @@ def test_no_progress_bar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
     traced = chase_fx.trace(net, x)
     assert chase_fx.verify(traced, chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))).difference <= 1e-6
+
+
+def test_verify_keeps_no_value_longer_than_it_is_used() -> None:
+    """Of a deep net a few values are alive at a time, and of the reference one for each node."""
+    traced = chase_fx.trace(nn.Sequential(*(nn.Linear(8, 8) for _ in range(30))), torch.randn(4, 8))
+    most = 0
+
+    class Counting(Following):
+        def compute(self, node: Node) -> object:
+            nonlocal most
+            most = max(most, len(self.env))
+            return super().compute(node)
+
+    run = Counting(traced, traced.graph, {})
+    run.run(torch.randn(4, 8))
+    assert most <= 2
+    assert run.env == {}
+    channels = chase_fx.analyze(traced)
+    plan = channels.plan(0.5)
+    wanted = {node.name: torch.zeros(4, 4) for node in traced.graph.nodes}
+    compared = Comparing(chase_fx.rewrite(traced, plan), wanted, {})
+    compared.run(torch.randn(4, 8))
+    assert set(wanted) <= {"output"}
