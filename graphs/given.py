@@ -30,11 +30,12 @@ class Given:
     def still(self, module: nn.Module) -> bool:
         """Whether ``module`` has the tensors and settings that it had."""
         settings = self._settings[id(module)][1]
-        found = {"training": settings.get("training"), **_own(module)}  # which is taken away during a capture
+        found = _own(module)
+        found.setdefault("training", settings.get("training"))  # which is taken away during a capture
         return (
             _tensors(module) == self._tensors[id(module)]
             and found.keys() == settings.keys()
-            and all(_same(value, settings[name]) for name, value in found.items())
+            and all(value is settings[name] or _same(value, settings[name]) for name, value in found.items())
         )
 
     def mode(self, module: nn.Module) -> bool | None:

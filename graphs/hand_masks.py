@@ -59,6 +59,6 @@ def _as_mask(name: str, mask: object) -> np.ndarray:
         array: np.ndarray = torch.as_tensor(mask).detach().cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as e:
         raise ArgumentError(f"the mask of group {name!r} can't be read ({e}); found {mask!r}") from e
-    if not np.isin(array, (0, 1)).all():  # such as the indices of the units that stay
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():  # such as the indices of the units that stay
         raise ArgumentError(f"the mask of group {name!r} must hold one bool for each unit, found {mask!r}")
     return array.astype(np.bool_)

@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chase_fx.errors import ArgumentError
 
-__all__ = ["SIZE_ATTRIBUTES", "Leaves", "declared", "is_leaf", "may_be_leaf", "plain_recurrence"]
+__all__ = ["SIZE_ATTRIBUTES", "Leaves", "declared", "has_parameter", "is_leaf", "may_be_leaf", "plain_recurrence"]
 
 # module class -> ((attribute, tensor, dim), ...); keys are Any since a mapping of a subclass would not fit otherwise
 Leaves = Mapping[Any, tuple[tuple[str, str, int], ...]]
@@ -102,6 +102,12 @@ def _check_sizes(module: nn.Module, sizes: tuple[tuple[str, str, int], ...]) -> 
                 f"tensors are { {n: None if t is None else tuple(t.shape) for n, t in tensors.items()} }"
                 + ("" if hasattr(module, attribute) else f", and it has no attribute {attribute!r}")
             )
+
+
+def has_parameter(module: nn.Module) -> bool:
+    """Whether there is any parameter in ``module``."""
+    own = any(p is not None for p in module._parameters.values())
+    return own or (bool(module._modules) and next(module.parameters(), None) is not None)
 
 
 def is_leaf(module: nn.Module, named: Leaves = MappingProxyType({})) -> bool:

@@ -32,7 +32,7 @@ from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.inference import without_inference_mode
-from chase_fx.graphs.leaves import Leaves, is_leaf, may_be_leaf
+from chase_fx.graphs.leaves import Leaves, has_parameter, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.own_sizes import mark_own_sizes
@@ -245,7 +245,7 @@ class Recorder(Drawing):
         args, kwargs = given
         node = self.graph.call_module(graph_path(name), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         node.meta["by_mode"] = by_mode  # in train mode it may draw
-        if next(module.parameters(), None) is not None:
+        if has_parameter(module):
             node.meta["grad"] = True
             node.meta["trained"] = self.arguments.gradients.trains(name) or None
         return self._finish(node, out, args, kwargs, start, in_place=False)
