@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="judge what was not exact again")
     parser.add_argument("--report", action="store_true", help="judge nothing, write the page")
     parser.add_argument("--jobs", type=int, default=max(1, min(2, (os.cpu_count() or 2))))
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one model")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--worker", nargs="+", default=None, help=argparse.SUPPRESS)
