@@ -2,10 +2,11 @@
 
 A capture needs the shapes of tensors and hardly ever their values, while nearly all of a forward's time goes into
 convolutions and matrix products. So these are not computed: zeros stand in for their results, and everything computed
-from them is marked, by the memory that it lies in. As soon as the forward could tell the difference (it reads marked
-data into Python, asks for a shape that depends on them, runs code that is not torch's on them, writes them to a
-parameter), the capture gives up, and is done again on real values. What does not depend on the inputs is always
-computed: code may keep it beyond the forward, such as a table in a cache by size.
+from them is marked, by the memory that it lies in. Elementwise operators on what is marked have stand-ins as well. As
+soon as the forward could tell the difference (it reads marked data into Python, asks for a shape that depends on
+them, runs code that is not torch's on them, writes them to a parameter), the capture gives up, and is done again on
+real values. What does not depend on the inputs is always computed: code may keep it beyond the forward, such as a
+table in a cache by size.
 """
 
 from __future__ import annotations
