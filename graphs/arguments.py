@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from chase_fx.graphs.draws import DrawnArray
 from chase_fx.graphs.gradients import Gradients
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
-from chase_fx.graphs.live import is_live, plain
+from chase_fx.graphs.live import fix, is_live, plain
 from chase_fx.graphs.opaque import Rebuild, strip
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
@@ -72,6 +72,8 @@ class Arguments:
         self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
         self._inputs: dict[Node, int] = {}
+        self._kept_sizes: set[tuple[Node, int]] = set()
+        self.mapped_once: list[Any] = []  # live numbers: the sizes, all 1, that a vmap ran over
         for kind, items in (("parameter", parameters), ("buffer", self.buffers)):
             for name, tensor in items.items():
                 if id(tensor) not in self._state:
@@ -265,15 +267,37 @@ class Arguments:
 
     def _hidden(self, tensor: torch.Tensor) -> Node:
         """A tensor that no call of the torch API gave, by its ATen calls."""
-        node = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx)
-        if node is None:
+        found = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx)
+        if found is None:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "
                 "API (inside an autograd function, or a cache of an earlier forward), so its origin can't be captured; "
                 "compute it with torch operations inside forward, or register it as a buffer"
             )
-        self.specialised.append(f"sizes inside a computation that the torch API does not show, at {source_line()}")
-        return node
+        for index, node in found.nodes.items():
+            self._nodes.setdefault(id(self.tape.tensor_of(self.tape.slots[index])), node)
+        if found.once:
+            for number in self.mapped_once:
+                fix(number)
+        if not found.certain:
+            self.keep_sizes(found.read)
+        return found.nodes[self.tape.slot_of(tensor).index]
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a node computes ``tensor``, or the module holds it."""
+        return id(tensor) in self._nodes or id(tensor) in self._state
+
+    def keep_sizes(self, nodes: Iterable[Node] = ()) -> None:
+        """From here on the graph only serves inputs of the example's sizes, and tensors of ``nodes`` of theirs."""
+        line = source_line()
+        for node in dict.fromkeys((*self._inputs, *nodes)):
+            sizes = node.meta["slot"].shape if node.op != "get_attr" else ()
+            for dim, n in enumerate(sizes):
+                if (node, dim) not in self._kept_sizes:
+                    self._kept_sizes.add((node, dim))
+                    size = self.size("size", node, dim)
+                    with self.graph.inserting_after(size):
+                        self.call(check, (size, "==", n, True, line), plain=True)
 
     def _name_in_model(self, tensor: torch.Tensor) -> str | None:
         """A function inside the copy may hold on to the model: its tensors stand for those of the copy."""

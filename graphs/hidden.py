@@ -2,23 +2,41 @@
 
 No torch-level call can be written down for them. But the tape has their ATen calls, so these are written to the graph
 instead, as far back as to tensors that it knows.
+
+The numbers in ATen calls are plain. Those that the forward gave in a call of its own stay, as they do everywhere. Those
+that torch made of sizes are read from a tensor where it is certain which size they are, such as in views that only
+insert dims; where it is not, the graph serves the example's sizes alone.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.guards import check
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Slot, Tape, TapedOp
 
-__all__ = ["recover", "transformed"]
+__all__ = ["NEW", "VMAP_END", "Recovered", "recover", "transformed"]
 
 NodeOf = Callable[[torch.Tensor], Node]
+
+_aten = torch.ops.aten
+NEW = frozenset({getattr(_aten, f"new_{kind}").default for kind in ("empty", "full", "ones", "zeros")})
+_VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
+# Calls by which a forward itself asks for a shape, with numbers or with -1.
+_RESHAPES = frozenset({"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "resize", "ravel"})
+# Arguments that no size is passed by.
+_NO_SIZES = frozenset({"dim", "dims", "dim0", "dim1", "eps", "correction", "dtype", "layout", "memory_format"})
+_FACTORS = frozenset({"alpha", "beta"})  # which are 1, unless they are given
+_PRODUCTS = frozenset({"matmul", "bmm", "linear"})
+VMAP_END = "_remove_batch_dim"
+_GETS = frozenset({"slice", "select"})
 
 
 def transformed() -> bool:
@@ -26,10 +44,27 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@dataclass
+class Recovered:
+    """Nodes by the index of the slot that they compute, in order, and what is known of the sizes in them.
+
+    Attributes:
+        nodes: those that were made.
+        read: the nodes that they read.
+        certain: whether every size in them is either read from a tensor or the forward's own number.
+        once: whether a dim of size 1 may be as long as what a vmap ran over.
+    """
+
+    nodes: dict[int, Node] = field(default_factory=dict)
+    read: list[Node] = field(default_factory=list)
+    certain: bool = True
+    once: bool = False
+
+
 def recover(
     tensor: torch.Tensor, graph: Graph, tape: Tape, node_of: NodeOf, to_fx: Callable[[Any], Any]
-) -> Node | None:
-    """The node that computes ``tensor`` by the taped calls that belong to no node yet; ``None`` where they can't.
+) -> Recovered | None:
+    """Nodes for the taped calls that belong to none yet and that ``tensor`` depends on; ``None`` if they can't be.
 
     They can't if a call belongs to a node that does not hand its results out (the inside of a module or of an autograd
     function), if what they read was overwritten since, or if a region of autocast began or ended since.
@@ -40,12 +75,16 @@ def recover(
         return None
     if any(tape.region(p) != tape.regions[-1][1] for p in positions):  # here torch casts otherwise
         return None
-    nodes: dict[int, Node] = {}
+    found = Recovered()
+    nodes = found.nodes
     source = source_line()
 
     def argument(value: Any) -> Any:
         if isinstance(value, Slot):
-            return nodes[value.index] if value.index in nodes else node_of(tape.tensor_of(value))
+            if value.index in nodes:
+                return nodes[value.index]
+            found.read.append(node_of(tape.tensor_of(value)))
+            return found.read[-1]
         if isinstance(value, (tuple, list)):
             return type(value)(argument(v) for v in value)
         return to_fx(value)
@@ -53,8 +92,13 @@ def recover(
     for position in positions:
         op = tape.ops[position]
         args = [argument(a) for a in op.args]
-        if op.op in _SIZED:
-            args[1] = _live_sizes(graph, op, args[0])
+        sizes = _sizes(graph, op, args)
+        if sizes is None:
+            found.certain = found.certain and _has_own_numbers(op)
+        else:
+            args[1] = sizes
+        ends = op.op is _aten.expand.default and op.call == VMAP_END
+        found.once = found.once or (ends and 1 in op.args[1])
         node = graph.call_function(op.op, tuple(args), {k: argument(v) for k, v in op.kwargs.items()})
         node.meta.update(source=source, in_place=op.op._schema.is_mutable, tape=(position, position + 1))
         op.node, op.source, op.call, op.operands = node.name, source, str(op.op.overloadpacket.__name__), ()
@@ -62,23 +106,72 @@ def recover(
         for i, out in enumerate(op.outs):
             nodes[out.index] = node if single else graph.call_function(operator.getitem, (node, i))
             nodes[out.index].meta.update(slot=out, source=source)
-    return nodes[slot.index]
+    return found
 
 
-_SIZED = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default})
+def _has_own_numbers(op: TapedOp) -> bool:
+    """Whether the numbers in a call, if there are any, are those that the forward gave in a call of its own."""
+    given = dict(zip((a.name for a in op.op._schema.arguments), op.args, strict=False)) | op.kwargs
+    kept = (v for name, v in given.items() if name not in _NO_SIZES and not (name in _FACTORS and v == 1))
+    if not any(map(_has_number, kept)):
+        return True
+    call, name = op.call.strip("_"), str(op.op.overloadpacket.__name__).strip("_")
+    if op.op in _VIEWS | NEW or not call:
+        return False
+    if op.call.startswith("__"):
+        return torch.Tag.pointwise in op.op.tags or name in _GETS
+    return call == name
 
 
-def _live_sizes(graph: Graph, op: TapedOp, x: Node) -> list[Any]:
-    """The sizes of a view that only adds or drops dims of size 1, read from ``x``; -1 where an expand changes none."""
-    given, sizes = op.args[0].shape, [int(n) for n in op.args[1]]
-    if op.op is torch.ops.aten.expand.default:
-        lead = len(sizes) - len(given)
-        return [-1 if d >= lead and given[d - lead] == n else n for d, n in enumerate(sizes)]
-    dims = [d for d, n in enumerate(given) if n != 1]
-    if [given[d] for d in dims] != [n for n in sizes if n != 1]:
-        return sizes
-    left = iter(dims)
-    return [1 if n == 1 else _size(graph, x, next(left), n) for n in sizes]
+def _has_number(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_number, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sizes(graph: Graph, op: TapedOp, args: list[Any]) -> list[Any] | None:
+    """The sizes that a call of torch is to be given; ``None`` where they are not known, or where there are none."""
+    if op.op in _VIEWS and op.call not in _RESHAPES:
+        return _sizes_of_view(graph, op, args[0])
+    if op.op is _aten.expand.default:
+        return _sizes_of_expand(op)
+    return _sizes_of_new(graph, op, args[0]) if op.op in NEW else None
+
+
+def _sizes_of_view(graph: Graph, op: TapedOp, x: Node) -> list[Any] | None:
+    """Those of a view that only adds or drops dims of size 1: which have that size at every call, then."""
+    given, sizes = op.args[0].shape, tuple(op.args[1])
+    if given == sizes:
+        return [_size(graph, x, d, n) for d, n in enumerate(sizes)]
+    left = [d for d, n in enumerate(given) if n != 1]
+    if [given[d] for d in left] != [n for n in sizes if n != 1]:
+        return None
+    for d in set(range(len(given))) - set(left):
+        guard = graph.call_function(check, (_size(graph, x, d, 1), "==", 1, True, source_line()))
+        guard.meta["source"] = ""
+    return [1 if n == 1 else _size(graph, x, left.pop(0), n) for n in sizes]
+
+
+def _sizes_of_expand(op: TapedOp) -> list[Any] | None:
+    """-1 for what stays: in the forward's own calls, where a vmap ends, and of operands of products, which must agree.
+
+    The end of a vmap adds a dim of as many elements as the vmap ran over.
+    """
+    given, sizes, call = op.args[0].shape, list(op.args[1]), op.call.strip("_")
+    lead = len(sizes) - len(given)
+    found = [-1 if d >= lead and given[d - lead] == n else n for d, n in enumerate(sizes)]
+    if call in _PRODUCTS:
+        return found if set(found) == {-1} and 1 not in sizes else None
+    return found if call == "expand" or (op.call == VMAP_END and set(found) <= {-1, 1}) else None
+
+
+def _sizes_of_new(graph: Graph, op: TapedOp, x: Node) -> list[Any] | None:
+    """In front, those of the dims of ``x`` that a vmap runs over; behind, those that the forward asks for."""
+    given, sizes = op.args[0].shape, list(op.args[1])
+    mapped = sizes[: op.mapped]
+    if any(given.count(n) != 1 for n in mapped):
+        return None
+    return [*(_size(graph, x, given.index(n), n) for n in mapped), *sizes[op.mapped :]]
 
 
 def _size(graph: Graph, x: Node, dim: int, value: int) -> Node:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Code", "codes_in", "is_own", "reachable_code"]
+__all__ = ["Code", "attribute_homes", "codes_in", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
@@ -198,3 +198,12 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from codes_in(constant)
+
+
+def attribute_homes(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The attributes of a module, and of the plain objects that it holds, such as its configuration."""
+    yield module.__dict__
+    for value in module.__dict__.values():
+        kind = type(value)
+        if kind.__module__ != "builtins" and type(getattr(value, "__dict__", None)) is dict and is_own(kind.__module__):
+            yield value.__dict__

@@ -25,20 +25,20 @@ from chase_fx.graphs.autocast import Regions, preserved_autocast
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.counted import Counted
-from chase_fx.graphs.drawing import Drawing
 from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.freed import setting
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.inference import without_inference_mode
+from chase_fx.graphs.inside import Inside
 from chase_fx.graphs.leaves import Leaves, has_parameter, is_leaf, may_be_leaf
 from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
 from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.own_sizes import mark_own_sizes
 from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
-from chase_fx.graphs.reach import is_own, reachable_code
+from chase_fx.graphs.reach import attribute_homes, reachable_code
 from chase_fx.graphs.reads import SIZE_CALLS
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
@@ -63,7 +63,7 @@ _COUNTED = frozenset({"unbind", "split", "chunk", "unsafe_split", "unsafe_chunk"
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
-class Recorder(Drawing):
+class Recorder(Inside):
     """Writes one forward of ``root`` to ``graph`` and ``tape``."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Recorder(Drawing):
         replaced = [
             (values, name, v)
             for m in hidden
-            for values in _attributes(m)
+            for values in attribute_homes(m)
             for name, v in values.items()
             if type(v) is float or id(v) in self.drawers
         ]
@@ -112,7 +112,7 @@ class Recorder(Drawing):
         patches = [*self._module_patches(training), *self._function_patches()]
         patches += uncached(self.root) if self.may_hash else ()
         self.regions = Regions(self.arguments, lambda: self._active and not transformed())
-        patches += [*self._whole_patches(), *draws, *self.regions.patches()]
+        patches += [*self._whole_patches(), *draws, *self.inside_patches(), *self.regions.patches()]
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
@@ -169,7 +169,7 @@ class Recorder(Drawing):
             if not recorder._active or transformed():
                 return run(*args, **kwargs)
             if cls.__module__.startswith("torch._functorch"):  # what vmap made of the function that it met
-                with recorder._paused():
+                with recorder._paused(), recorder._mapping():
                     return run(*args, **kwargs)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
@@ -190,7 +190,9 @@ class Recorder(Drawing):
 
     def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
-        return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
+        if self._active:
+            return self._call_autograd_function(cls, run, args, {})
+        return self._run_mapped(run, args)
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -256,8 +258,10 @@ class Recorder(Drawing):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._active or transformed():
+        if not self._active:
             return func(*args, **kwargs)
+        if transformed():
+            return self._call_inside(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._read_property(func, args)
@@ -383,15 +387,6 @@ class Recorder(Drawing):
                 return func(*args, **kwargs)
         finally:
             module.has_torch_function = original
-
-
-def _attributes(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The attributes of a module, and of the plain objects that it holds, such as its configuration."""
-    yield module.__dict__
-    for value in module.__dict__.values():
-        kind = type(value)
-        if kind.__module__ != "builtins" and type(getattr(value, "__dict__", None)) is dict and is_own(kind.__module__):
-            yield value.__dict__
 
 
 def _is_in_place(name: str) -> bool:

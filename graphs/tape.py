@@ -56,6 +56,7 @@ class TapedOp:
     whole: bool = False  # inside a function that stays one call
     own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
     sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
+    mapped: int = 0  # of a factory inside a vmap: how many of its sizes, in front, are those that the vmap runs over
     read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class Tape:
     regions: list[tuple[int, Any]] = field(default_factory=lambda: [(0, ())])  # of autocast: from which call on
     _by_id: dict[int, Slot] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)
+    _replaced: list[torch.Tensor] = field(default_factory=list)
 
     def slot_of(self, tensor: torch.Tensor) -> Slot:
         """The slot of ``tensor``; a new one when it was never seen."""
@@ -143,7 +145,7 @@ class Tape:
     def replace(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
         """The object ``tensor`` is what ``new`` is from here on."""
         self._by_id[id(tensor)] = self.slot_of(new)
-        self._alive.append(tensor)
+        self._replaced.append(tensor)
 
     def region(self, position: int) -> Any:
         """The settings of every region of autocast around the call at ``position``."""
@@ -153,6 +155,7 @@ class Tape:
         """Let go of the tensors once the capture is over; only shapes are needed from then on."""
         self._by_id.clear()
         self._alive.clear()
+        self._replaced.clear()
 
 
 def _storage(tensor: torch.Tensor) -> int:

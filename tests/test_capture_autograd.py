@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +122,6 @@ class Mapped(nn.Module):
         return self.last(F.pad(ahead.to(x.dtype) @ x, (0, 2)))
 
 
-@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
 def test_what_the_torch_api_does_not_show_is_written_as_aten_calls() -> None:
     """Inside ``vmap`` channels shrink too, and where its views only insert dims the graph takes other sizes."""
     model = randomise(Mapped())
@@ -137,7 +135,6 @@ def test_what_the_torch_api_does_not_show_is_written_as_aten_calls() -> None:
         assert difference(masked_copy(model, slim.plan.kept_indices())(x), slim(x)) <= EXACT
 
 
-@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
 def test_a_dim_that_the_function_of_a_vmap_does_not_use() -> None:
     """It is added where the last vmap ends, by views that the torch API does not show either."""
 

@@ -32,9 +32,12 @@ def broadcast(op: LabelledOp) -> list[Labels]:
 
 
 def unary(op: LabelledOp) -> list[Labels]:
-    """Every output has the axes of the first operand (clone, dropout with its mask, casts)."""
-    first = next(op.op.inputs())
-    return [op[first] if out.shape == first.shape else tuple(op.fixed(n) for n in out.shape) for out in op.op.outs]
+    """Every output has the axes of the first operand (clone, dropout with its mask, casts); a number has none."""
+    first = next(op.op.inputs(), None)
+    outs = op.op.outs
+    if first is None:
+        return [tuple(op.fixed(n) for n in out.shape) for out in outs]
+    return [op[first] if out.shape == first.shape else tuple(op.fixed(n) for n in out.shape) for out in outs]
 
 
 def like(op: LabelledOp) -> Labels:
