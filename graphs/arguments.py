@@ -149,9 +149,11 @@ class Arguments:
         return self._rebuild_object(value)
 
     def _rebuild_object(self, value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return value
+        if callable(value):  # a function, a class or a module is nobody's result
+            return None
         template, holes = strip(value)
-        if not holes:
-            return value if isinstance(value, enum.Enum) else None
         name = f"_chase_rebuild_{len(self.rebuilds)}"
         self.rebuilds[name] = Rebuild(template)
         # The module is not there yet for FX to check: it is added to the root when the capture is complete.

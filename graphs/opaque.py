@@ -38,7 +38,7 @@ class Rebuild(nn.Module):
 
 
 def strip(value: Any) -> tuple[Any, list[Any]]:
-    """A template of ``value`` and the tensors and live numbers that were in it; none when it holds no tensor."""
+    """A template of ``value`` and the tensors and live numbers that were in it."""
     holes: list[Any] = []
 
     def replace(found: Any) -> Any:
@@ -47,8 +47,7 @@ def strip(value: Any) -> tuple[Any, list[Any]]:
         holes.append(found)
         return _Hole(len(holes) - 1)
 
-    template = _walk(value, {}, replace)
-    return template, holes if any(isinstance(found, torch.Tensor) for found in holes) else []
+    return _walk(value, {}, replace), holes
 
 
 def alike(a: Any, b: Any) -> bool:

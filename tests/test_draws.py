@@ -244,3 +244,17 @@ def test_objects_that_hold_more_in_train_mode() -> None:
     for training in (False, True):
         want, have = (root.train(training)(batch())[1].kept for root in (model, traced))
         assert [torch.equal(a, b) for a, b in zip(want, have, strict=True)] == [True] * (1 + training)
+
+
+def test_objects_that_hold_no_tensor() -> None:
+    """They come back too, each time as another one: what the caller does to it is not in the next result."""
+
+    class Empty(Body):
+        def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+            return self.b(self.a(x)), Cache()
+
+    model = randomise(Empty())
+    for root in (chase_fx.trace(model, batch()), chase_fx.prune(model, batch(), channel_sparsity=0.5)):
+        found = root(batch())[1]
+        found.kept.append(batch())
+        assert root(batch())[1].kept == []
