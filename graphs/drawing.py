@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.decisions import READS_DATA
-from chase_fx.graphs.draws import GENERATORS, DrawnArray, decided, drawn, draws, fresh_seed, is_drawn, reseed
+from chase_fx.graphs.draws import GENERATORS, DrawnArray, certain, decided, drawn, draws, fresh_seed, is_drawn, reseed
 from chase_fx.graphs.guards import COMPARE
 from chase_fx.graphs.live import LiveFloat, LiveInt, plain
 from chase_fx.graphs.patches import Patch
@@ -227,7 +227,10 @@ class Drawing(Reads):
 
     def decide(self, left: Any, comparison: str, right: Any, holds: bool) -> bool:
         """The forward goes on with the outcome of a comparison of numbers that were drawn."""
-        return self._settle(decided, self.arguments.number(COMPARE[comparison], (left, right)), holds)
+        return self._drawn_truth(self.arguments.number(COMPARE[comparison], (left, right)), holds)
+
+    def _drawn_truth(self, node: Node, found: bool) -> bool:
+        return found if certain(node) else self._settle(decided, node, found)
 
     def lose(self, number: Any) -> None:
         """Python goes on with a whole or plain number that was made from a draw."""
@@ -240,13 +243,13 @@ class Drawing(Reads):
         if node is None or not is_drawn(node):
             return super()._python_value(name, out, args, kwargs)
         if name in ("__bool__", "is_nonzero"):
-            return self._settle(decided, node, bool(out))
+            return self._drawn_truth(node, bool(out))
         if name != "item" or not isinstance(out, (bool, float)):
             self._lose(f"'{name}' of a tensor")
             return out
         number = self.graph.call_method("item", (node,))
         number.meta["source"] = source_line()
-        return self._settle(decided, number, out) if isinstance(out, bool) else self._number(out, number)
+        return self._drawn_truth(number, out) if isinstance(out, bool) else self._number(out, number)
 
 
 _set_rng_state = torch.random.set_rng_state

@@ -26,6 +26,7 @@ __all__ = [
     "DRAWS",
     "GENERATORS",
     "DrawnArray",
+    "certain",
     "decided",
     "drawn",
     "draws",
@@ -39,6 +40,7 @@ __all__ = [
 GENERATORS: dict[str, Any] = {"random": random, "numpy.random": np.random}  # what has a generator of its own
 # Calls that only say how the values given shape the result; by what they read, a number depends on no data.
 _MEASURES = frozenset({"size", "numel", "stride", "dim"})
+_MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
 
 def drawn(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +104,41 @@ def is_drawn(node: Node) -> bool:
         seen.update(more)
         stack += more
     return found
+
+
+def certain(node: Node) -> bool:
+    """Whether a comparison with a draw goes one way whatever is drawn: layers left out with a chance of 0."""
+    name = _operation(node)
+    if len(node.args) != 2 or node.users or name not in _MIRRORED:
+        return False
+    draw, bound = node.args
+    if isinstance(bound, Node):
+        draw, bound, name = bound, draw, _MIRRORED[name]
+    if not isinstance(draw, Node) or not isinstance(bound, (int, float)):
+        return False
+    least = _least(draw)
+    return least is not None and (bound < least or (bound == least and name in ("lt", "ge")))
+
+
+def _least(node: Node) -> float | None:
+    """What no number that ``node`` draws is below. It is only read and compared, so that nothing writes to it."""
+    if any(_operation(user) not in ("item", *_MIRRORED) for user in node.users):
+        return None
+    given = node.args
+    if node.target == "item":
+        return _least(node.all_input_nodes[0])
+    if node.target is torch.rand:
+        return 0.0
+    if node.target is not drawn or node.kwargs:
+        return None
+    if given[1] in ("random", "rand", "random_sample"):
+        return 0.0
+    numbers = [v for v in given[2:] if isinstance(v, (int, float))]
+    return min(numbers) if given[1] == "uniform" and len(numbers) == 2 and numbers == sorted(numbers) else None
+
+
+def _operation(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _measures(node: Node) -> bool:

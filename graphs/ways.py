@@ -11,7 +11,7 @@ otherwise, in combinations that hold every pair of outcomes, have to be what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -96,40 +96,59 @@ def decide(first: Recorder, capture: Capture, pool: Pool) -> Decided:
     Raises:
         OtherStructureError: the ways don't join again, or can't be told apart.
     """
-    found = Decided(read(first, pool), {})
-    limit = 16 + 3 * len(first.decisions)
+    usual = read(first, pool)
+    return Decided(usual, _Finder(capture, pool, 16 + 3 * len(first.decisions)).among(usual, 0, len(usual.steps)))
 
-    def other_way(run: Run, index: int, position: int) -> Run:
-        if len(found.branches) >= limit:
+
+class _Finder:
+    """Finds branches, the last ones first, so that what one is about can be seen to hold all of what begins in it.
+
+    What draws decide about may overlap: a result may tell which layers ran, and the steps of the last one give only
+    part of it. The earlier branch is then made longer, up to the end of the later one, which has to be found in both
+    of its ways.
+    """
+
+    def __init__(self, capture: Capture, pool: Pool, limit: int) -> None:
+        self._capture, self._pool, self._limit = capture, pool, limit
+        self._found: dict[Step, Branch] = {}  # as long as they are known to be
+
+    def among(self, run: Run, start: int, stop: int) -> dict[Step, Branch]:
+        """The branches at the decisions among some steps of ``run``, and in their ways."""
+        branch_at: dict[Step, Branch] = {}
+        for index, position in reversed(list(enumerate(run.decisions))):
+            step = run.steps[position]
+            if start <= position < stop and branches(step.node):
+                with _at(str(step.node.meta["source"])):
+                    inner = self._branch(run, index, branch_at)
+                branch_at = {step: self._found[step], **inner, **branch_at}
+        return branch_at
+
+    def _branch(self, run: Run, index: int, later: dict[Step, Branch]) -> dict[Step, Branch]:
+        """Find the branch at decision ``index``, which may hold ``later`` ones; gives those in its other way."""
+        position = run.decisions[index]
+        step = run.steps[position]
+        if step not in self._found:
+            self._found[step] = _branch(run, position, self._other_way(run, index))
+        while True:
+            branch = self._found[step]
+            inner = self.among(branch.other, position + 1, branch.other_stop)
+            over = {b: b.stop - branch.stop for b in later.values() if b.run is run and b.start < branch.stop}
+            over |= {b: b.stop - branch.other_stop for b in inner.values() if b.run is branch.other}
+            over = {b: steps for b, steps in over.items() if steps > 0}
+            if not over:
+                return inner
+            _may_overlap(branch, over)
+            self._found[step] = _branch(run, position, branch.other, len(run.steps) - branch.stop - max(over.values()))
+
+    def _other_way(self, run: Run, index: int) -> Run:
+        position = run.decisions[index]
+        if len(self._found) >= self._limit:
             raise OtherStructureError(
-                f"there are more than {limit} ways, for what they decide about does not end before the next one does, "
-                f"from {_where(run, position)} on"
+                f"there are more than {self._limit} ways, for what they decide about does not end before the next one "
+                f"does, from {_where(run, position)} on"
             )
         told = (*run.outcomes[:index], not run.outcomes[index])
-        return read(capture(told), pool, run.steps[: position + 1])
-
-    _add_branches(found, found.usual, (0, len(found.usual.steps)), other_way)
-    return found
-
-
-def _add_branches(found: Decided, run: Run, part: tuple[int, int], other_way: Callable[[Run, int, int], Run]) -> None:
-    """The branches at the decisions among a part of the steps of ``run``."""
-    start, stop = part
-    ends: list[int] = []
-    for index, position in enumerate(run.decisions):
-        if not start <= position < stop or not branches(run.steps[position].node):
-            continue
-        with _at(str(run.steps[position].node.meta["source"])):
-            other = other_way(run, index, position)
-            branch = _branch(run, position, other)
-            ends = [end for end in ends if end > position]
-            if branch.stop > min((stop, *ends)):
-                raise OtherStructureError(
-                    f"what it decides about overlaps with another decision {_where(run, position)}"
-                )
-        ends.append(branch.stop)
-        found.branches[run.steps[position]] = branch
-        _add_branches(found, other, (position + 1, branch.other_stop), other_way)
+        return read(self._capture(told), self._pool, run.steps[: position + 1])
 
 
 @contextmanager
@@ -146,12 +165,23 @@ def _where(run: Run, position: int) -> str:
     return f"at {run.steps[position].node.meta['source']}"
 
 
-def _branch(run: Run, start: int, other: Run) -> Branch:
-    """Match the two runs from their ends; ``start`` is the decision in both."""
+def _may_overlap(outer: Branch, inner: Iterable[Branch]) -> None:
+    """Data that decide about what other decisions are about too are guards, for a graph of all ways is large."""
+    for branch in (*inner, outer):
+        step = branch.run.steps[branch.start]
+        if step.node.target is check_data:
+            where = _where(branch.run, branch.start)
+            raise OtherStructureError(
+                f"what it decides about overlaps with another decision {where}", str(step.node.meta["source"])
+            )
+
+
+def _branch(run: Run, start: int, other: Run, longest: int | None = None) -> Branch:
+    """Match the two runs from their ends, at most ``longest`` steps; ``start`` is the decision in both."""
     ours, theirs = run.steps[start + 1 :], other.steps[start + 1 :]
     length = 0
     for a, b in zip(reversed(ours), reversed(theirs), strict=False):
-        if not _alike(a, b):
+        if length == longest or not _alike(a, b):
             break
         length += 1
     while length:

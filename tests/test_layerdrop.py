@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import chase_fx
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.branches import begin
 from tests.oracle import randomise
 from tests.test_draws import SEEDS, run, same
 
@@ -27,6 +28,7 @@ DRAWS: dict[str, Draw] = {
     "python": lambda: random.random() * 1.0,
     "numpy": lambda: 1.0 * np.random.random(),
     "rand": lambda: float(np.random.rand()),
+    "sample": lambda: np.random.random_sample(),  # noqa: PLW0108 - looked up when it is called
     "uniform": lambda: random.uniform(0, 1),
     "imported": number,
     "name": lambda: 1 - number(),
@@ -194,7 +196,49 @@ class Counted(Stack):
         return self.last(y), *states
 
 
-@pytest.mark.parametrize("kind", [Asked, Nested, EitherWay, EncoderDecoder, InPlace, Averaged, Counted])
+class States:
+    """What layers hand out, as the key-value caches of transformers."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+
+class Cached(Stack):
+    """Each layer that runs hands out what is made in its middle, so that two draws decide about the last one."""
+
+    def forward(self, x: Tensor) -> Any:
+        y, states = self.first(x), States()
+        for layer in self.layers:
+            if self.training and self.draw() < self.p:
+                continue
+            states.found.append(y.tanh())
+            y = layer(y)
+        return self.last(y), states
+
+
+class Opened(nn.Module):
+    """Gives the states as tensors."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, states = self.root(x)
+        return y, *states.found
+
+
+def test_overlaps() -> None:
+    model = randomise(Cached())
+    traced = chase_fx.trace(model, batch())
+    same(Opened(model), Opened(traced), batch(), range(25))
+    slim = chase_fx.prune(model, batch(), channel_sparsity=0.5).train()
+    seen = {len(Opened(slim)(batch())) for _ in range(25)}
+    assert len(seen) > 3
+    assert slim.get_submodule("first").out_features == 4
+
+
+@pytest.mark.parametrize("kind", [Asked, Nested, EitherWay, EncoderDecoder, InPlace, Ahead, Averaged, Counted])
 @pytest.mark.parametrize("draw", ["torch", "python", "numpy"])
 def test_forms_of_layerdrop(kind: type[Stack], draw: str) -> None:
     model = randomise(kind(DRAWS[draw]))
@@ -251,6 +295,37 @@ def test_eval_mode_is_as_without() -> None:
     assert groups[0] == groups[1]
 
 
+@pytest.mark.parametrize("draw", ["torch", "item", "sample", "uniform", "imported"])
+def test_layers_that_no_draw_leaves_out(draw: str) -> None:
+    """With a chance of 0 there is nothing to decide; numbers are drawn all the same."""
+    model = randomise(Stack(DRAWS[draw], depth=9, p=0.0))
+    traced = chase_fx.trace(model, batch())
+    assert not any(node.target is begin for node in traced.train_graph.nodes)
+    same(model, traced, batch(), range(3))
+
+
+class Negative(Stack):
+    """Draws that can be below zero, or zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        number = torch.rand([])
+        number -= 0.5
+        for k, layer in enumerate(self.layers):
+            drawn = (number, torch.rand([]) - 0.5, random.uniform(-1, 1), -random.random())[k]
+            if self.training and drawn < (0.0, 0.0, 0.0, -0.5)[k]:
+                continue
+            y = layer(y)
+        return self.last(y)
+
+
+def test_draws_below_zero_decide() -> None:
+    model = randomise(Negative())
+    traced = chase_fx.trace(model, batch())
+    assert sum(node.target is begin for node in traced.train_graph.nodes) == 4
+    same(model, traced, batch(), range(25))
+
+
 class Together(Stack):
     """At least one layer runs: what one draw decides depends on the others."""
 
@@ -263,7 +338,7 @@ class Together(Stack):
         return self.last(y)
 
 
-@pytest.mark.parametrize("model", [Together(), Ahead(), Counted(depth=7), Averaged(depth=7)])
+@pytest.mark.parametrize("model", [Together(), Ahead(depth=7), Averaged(depth=7), Cached(depth=7), Counted(depth=7)])
 def test_draws_that_decide_together_are_refused(model: Stack) -> None:
     randomise(model)
     torch.manual_seed(0)  # some draws of the example show fewer ways
