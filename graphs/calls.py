@@ -1,11 +1,14 @@
-"""The name of what a node calls."""
+"""What a node calls."""
 
 from __future__ import annotations
 
 import torch
 from torch.fx import Node
 
-__all__ = ["call_name"]
+__all__ = ["DATA_SIZED", "call_name"]
+
+# Calls whose result has as many elements as the data says.
+DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
 
 
 def call_name(node: Node) -> str:

@@ -23,7 +23,7 @@ from torch.random import get_rng_state, set_rng_state
 
 from chase_fx.graphs.autocast import Regions, preserved_autocast
 from chase_fx.graphs.caches import uncached
-from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.calls import DATA_SIZED, call_name
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.freed import setting
@@ -56,8 +56,6 @@ _READS_INDICES = frozenset({"tensor_split", "hsplit", "vsplit", "dsplit"})
 # Methods by identity: ``Tensor.__pow__`` calls itself ``pow`` and lives in a private module of torch.
 _METHODS = {id(found): name for name in dir(torch.Tensor) if callable(found := getattr(torch.Tensor, name))}
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
-# Calls whose result has as many elements as the data says.
-_DATA_SIZED = frozenset({"nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "where"})
 # Calls whose result is as many tensors as the size of a dim says.
 _COUNTED = frozenset({"unbind", "split", "chunk", "unsafe_split", "unsafe_chunk"})
 _MAGIC = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
@@ -330,7 +328,7 @@ class Recorder(Inside):
             return self.loops.over(
                 tuple(self._call_function(func, "unbind", (every, *dim), {})), every, tensor, source_line()
             )
-        if name in _DATA_SIZED:
+        if name in DATA_SIZED:
             self.specialised.append(f"loop over {name} at {source_line()}")
         found: tuple[torch.Tensor, ...] = self._call_function(func, "unbind", (tensor, *dim), {})
         return found

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from chase_fx.graphs.branches import result
+from chase_fx.graphs.calls import DATA_SIZED, call_name
 from chase_fx.graphs.guards import check_data
 from chase_fx.graphs.outcomes import Decision
 from chase_fx.graphs.recorder import Recorder
@@ -200,11 +201,28 @@ def _alike(a: Step, b: Step) -> bool:
     """Whether the two do the same with values that may differ."""
     if not like(a.node, b.node) or (a.slot is None) is not (b.slot is None):
         return False
-    if a.slot is not None and b.slot is not None and (a.slot.shape, a.slot.dtype) != (b.slot.shape, b.slot.dtype):
+    if a.slot is not None and b.slot is not None and a.slot.dtype != b.slot.dtype:
+        return False
+    if not _same_shape(a, b) and not _sized_by_data(a, b):
         return False
     if branches(a.node):
         return branches(b.node)
     return _same_form(a.args, b.args) and _same_calls(a, b)
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return a.slot is None or b.slot is None or a.slot.shape == b.slot.shape
+
+
+def _sized_by_data(a: Step, b: Step) -> bool:
+    """Whether the result has as many elements as the data says, or as an operand that differs between the two."""
+    if a.slot is None or b.slot is None or len(a.slot.shape) != len(b.slot.shape):
+        return False
+    operands: tuple[list[Value], list[Value]] = ([], [])
+    for step, found in zip((a, b), operands, strict=True):
+        map_values(step.args, found.append)
+    differ = any(_same_shape(x, y) is False for x, y in zip(*operands, strict=False) if isinstance(y, Value))
+    return differ or call_name(a.node) in DATA_SIZED
 
 
 def _same_calls(a: Step, b: Step) -> bool:
@@ -263,6 +281,8 @@ class _Matching:
         self._ambiguous = False
         self._compared: set[tuple[int, int]] = set()
         for a, b in self._twin.items():
+            self._reader = a
+            self._differs = not _same_shape(a, b)
             self._compare(step_args(a.node, a.args), step_args(b.node, b.args))
 
     def result(self, where: str) -> tuple[tuple[Value, Any], ...]:
@@ -297,6 +317,8 @@ class _Matching:
         elif self._same_number(a, b):
             self._compare(a.args, b.args)
         else:
+            if self._differs if a.slot is None else isinstance(b, Value) and not _same_shape(a, b):
+                self.length = min(self.length, self._from_end[self._reader])  # only data may say how many there are
             self._ambiguous = self._ambiguous or self._handed.setdefault(a, b) is not b
             self._untouched(a)
             self._untouched(b)
