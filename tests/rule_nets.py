@@ -35,6 +35,11 @@ def _image(rows: Tensor) -> Tensor:
     return rows.mT.unflatten(2, (4, 4))
 
 
+def _widened(y: Tensor, z: Tensor) -> Tensor:
+    """The rows of ``y`` with one more channel, the mean of those of ``z``."""
+    return torch.cat([_rows(y), _rows(z).mean(-1, keepdim=True)], -1)
+
+
 def _channel(v: Tensor) -> Tensor:
     return v[..., None, None]
 
@@ -127,6 +132,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "expand_as": (lambda m, y, z: torch.cat([z.mean(1, keepdim=True).expand_as(y.flip(1)), z], 1), 16),
     "stack": (lambda m, y, z: torch.stack([y, z], 1).prod(1), 8),
     "unbind": (lambda m, y, z: z + y.unbind(1)[3][:, None], 8),
+    "block_diagonal": (lambda m, y, z: _image(_widened(y, z) @ torch.block_diag(m.w, m.v)), 16),
     "diagonal": (lambda m, y, z: z + (y[:, :4].diagonal(0, 1, 2).sum((1, 2)))[:, None, None, None], 8),
     "diag_embed": (lambda m, y, z: _image(_rows(z) @ torch.diag_embed(y.mean((2, 3)))), 8),
     "triangle": (lambda m, y, z: _image(_rows(y) @ (m.w.tril() + m.w.triu(1) * 2)) + z, 8),

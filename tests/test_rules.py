@@ -283,6 +283,14 @@ def test_unpooling_ties_values_to_places() -> None:
     assert_exact(net, slim, (x,))
 
 
+def test_channels_that_neighbours_normalise_stay_and_say_why() -> None:
+    net = Net(lambda m, x: m.out(F.local_response_norm(m.a(x), 3)), a=conv(3, 8), out=conv(8, 2))
+    channels = chase_fx.analyze(chase_fx.trace(net, torch.randn(3, 3, 4, 4)))
+    assert channels.unknown == ()
+    reason = "windows run over it: aten.avg_pool3d.default at node 'local_response_norm'"
+    assert channels.frozen["a.weight", 0].startswith(reason)
+
+
 def test_tables_that_a_forward_makes_by_place() -> None:
     """Sinusoidal positions, frequencies and identities made in a forward freeze no channels: kept places are taken."""
 

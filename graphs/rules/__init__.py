@@ -96,6 +96,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (movement.unsqueeze, "unsqueeze"),
     (movement.expand, "expand expand_copy"),
     (movement.concat, "cat"),
+    (movement.block_diagonal, "block_diag"),
     (movement.stack, "stack"),
     (movement.slice_, "slice"),
     (movement.select, "select"),

@@ -10,6 +10,7 @@ from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
+    "block_diagonal",
     "concat",
     "diagonal",
     "diagonal_embedding",
@@ -153,6 +154,15 @@ def concat(op: LabelledOp) -> Labels:
                 op.tie(a, b)
     joined: Axis = Cat(op[x][dim] for x in xs) if len(xs) > 1 else op[xs[0]][dim]
     return tuple(joined if d == dim else axis for d, axis in enumerate(op[xs[0]]))
+
+
+def block_diagonal(op: LabelledOp) -> Labels:
+    """``block_diag(xs)``: rows are those of the inputs laid end to end, columns likewise, zeros outside of the blocks.
+
+    xs[i]: (R_i, C_i), or (C_i,) for one row, or a number -> out: (sum(R_i), sum(C_i))
+    """
+    blocks = [(*[op.fixed(1, "size 1")] * (2 - len(x.shape)), *op[x]) for x in op.arg(0, "tensors")]
+    return Cat(rows for rows, _ in blocks), Cat(columns for _, columns in blocks)
 
 
 def stack(op: LabelledOp) -> Labels:

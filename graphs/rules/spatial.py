@@ -17,7 +17,7 @@ def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
         x = next(op.op.inputs())
         labels = op[x]
         for axis in labels[len(labels) - k :]:
-            op.freeze(axis, "not a channel dim")
+            op.freeze(axis, "neighbours along it are mixed")
         lead = labels[: len(labels) - k]
         return [(*lead, *(op.fixed(n) for n in out.shape[len(lead) :])) for out in op.op.outs]
 
@@ -39,7 +39,7 @@ def pooling(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
             window, step, border = (v if isinstance(v, int) else v[i % len(v)] for v in sizes)
             d = len(labels) - k + i
             if (window, step, border) != (1, 1, 0):
-                op.freeze(labels[d], "not a channel dim")
+                op.freeze(labels[d], "windows run over it")
                 labels[d] = op.fixed(op.out.shape[d])
         lead = labels[: len(labels) - k]
         places = [(*lead, *(op.fixed(n, "places of maxima") for n in out.shape[-k:])) for out in op.op.outs[1:]]
