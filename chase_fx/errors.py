@@ -16,6 +16,7 @@ __all__ = [
     "NothingToPruneError",
     "OptimizerMismatchError",
     "OtherPathError",
+    "OtherSizeError",
     "PlanMismatchError",
     "RewriteError",
     "UnsupportedOpError",
@@ -40,7 +41,7 @@ class DeviceMismatchError(CaptureError):
 
 
 class OtherPathError(ChaseError):
-    """A graph was called with sizes for which the model's Python code takes another path than the captured one.
+    """A graph was called with inputs for which the model's Python code takes another path than the captured one.
 
     Its arguments are the message and the line that decides (an exception with an ``__init__`` does not compile).
     """
@@ -53,6 +54,10 @@ class OtherPathError(ChaseError):
     def __str__(self) -> str:
         """The message alone."""
         return str(self.args[0]) if self.args else ""
+
+
+class OtherSizeError(OtherPathError):
+    """The sizes of the inputs decide otherwise, and the graph for them could not be had either."""
 
 
 class GraphvizMissingError(ChaseError):

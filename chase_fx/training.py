@@ -93,6 +93,7 @@ class GraphShrinker:
         module.__dict__["plan"] = plan
         module.__dict__["train_graph"] = slim.train_graph
         module.graph = slim.graph
+        module.variants.recapture = slim.variants.recapture
 
 
 _KEPT = "chase_fx.kept"

@@ -26,6 +26,7 @@ __all__ = [
     "casts",
     "enter_autocast",
     "exit_autocast",
+    "outside_autocast",
     "preserved_autocast",
     "region_settings",
     "remove_empty_regions",
@@ -111,6 +112,15 @@ def preserved_autocast(*, always: bool = False) -> Iterator[None]:
                 torch.clear_autocast_cache()
             for settings in before:
                 _set(settings)
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """No region inside the block."""
+    with preserved_autocast(always=True):
+        for kind in _KINDS:
+            torch.set_autocast_enabled(kind, False)
+        yield
 
 
 def _depth() -> int:

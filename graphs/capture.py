@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ from chase_fx.graphs.leaves import Leaves, declared
 from chase_fx.graphs.merge import merge, share_constants, share_rebuilds
 from chase_fx.graphs.modes import FLAG, TrainingFlag, has_own_train, modes_by_train
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
+from chase_fx.graphs.provenance import tell_data_from_sizes
+from chase_fx.graphs.recapture import Recapture
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.remembered import Attributes, decides_by_memory, remade
-from chase_fx.graphs.traced import TracedModule, TraceInfo
+from chase_fx.graphs.traced import TracedModule, TraceInfo, decides_by_sizes
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function, functions
 
@@ -70,7 +73,7 @@ def trace(
     Returns:
         A GraphModule over a copy of the model's parameters, with the model's module tree, ``state_dict`` keys,
         signature and output structure. Batch size, resolution and sequence length stay free where the model leaves
-        them free.
+        them free. Where sizes decide which code runs, the first call with sizes that lead another way captures it too.
 
     Raises:
         ArgumentError: an argument of a type that no call could honour.
@@ -123,6 +126,9 @@ def trace(
             again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
+    for each, of in zip((graph, train_graph), captures, strict=False):
+        if each is not None:
+            tell_data_from_sizes(each, of.tape)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     read = [*specialised, *recorder.decided, *(train[2].decided if train is not None else ())]
     if read:
@@ -149,7 +155,10 @@ def trace(
         reads=recorder.reads,
         modes=modes_by_train(copy_of(model)) if has_own_train(model) else {},
     )
-    return TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+    traced = TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+    if any(map(decides_by_sizes, traced.graphs())):
+        traced.variants.recapture = Recapture(partial(trace, leaves=leaves, whole=whole), model)
+    return traced
 
 
 def _memories(model: nn.Module, inputs: Inputs, graph: Graph, recorder: Recorder) -> Attributes:

@@ -82,8 +82,10 @@ class Group:
 class ChannelGraph:
     """The result of :func:`analyze`."""
 
-    def __init__(self, module: TracedModule, info: TraceInfo, labelling: Labelling, outputs: tuple[str, ...]) -> None:
-        self.labelling = labelling
+    def __init__(
+        self, module: TracedModule, info: TraceInfo, labelling: Labelling, outputs: tuple[str, ...], rules: Rules
+    ) -> None:
+        self.labelling, self.rules = labelling, rules
         self.outputs = outputs
         self.module = module
         self.info = info
@@ -386,5 +388,5 @@ def analyze(
     # channel graph belongs to its module.
     own: dict[object, ChannelGraph] = traced.__dict__.setdefault("channel_graphs", {})
     if key not in own or own[key].labelling is not found[1]:
-        own[key] = ChannelGraph(traced, info, found[1], paths)
+        own[key] = ChannelGraph(traced, info, found[1], paths, rules)
     return own[key]

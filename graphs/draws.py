@@ -35,6 +35,7 @@ __all__ = [
     "is_drawn",
     "reseed",
     "restored_generators",
+    "saved_generators",
 ]
 
 GENERATORS: dict[str, Any] = {"random": random, "numpy.random": np.random}  # what has a generator of its own
@@ -174,12 +175,26 @@ def given_arrays(values: Iterable[Any]) -> list[Any]:
     return [v.value if isinstance(v, DrawnArray) else v for v in values]
 
 
-@contextmanager
-def restored_generators() -> Iterator[Callable[[], Any]]:
-    """Puts torch's, Python's and NumPy's generators back at the end. Yields what tells the state of the latter two."""
+def saved_generators() -> Callable[[], None]:
+    """Puts torch's, Python's and NumPy's generators back to where they are now."""
     rng = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator)
+
+    def restore() -> None:
+        torch.set_rng_state(rng)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+    return restore
+
+
+@contextmanager
+def restored_generators() -> Iterator[Callable[[], Any]]:
+    """Puts all generators back at the end. Yields what tells the state of Python's and of NumPy's."""
+    restore = saved_generators()
 
     def state() -> Any:
         return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
@@ -187,8 +202,4 @@ def restored_generators() -> Iterator[Callable[[], Any]]:
     try:
         yield state
     finally:
-        torch.set_rng_state(rng)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        restore()

@@ -1,8 +1,9 @@
 """Guards: what a forward took for granted of its inputs' sizes and other plain values.
 
 A capture holds one way through the model's Python code. Each decision that depended on a size is a node of the graph,
-so that inputs for which the code would have gone another way are refused instead of computed wrongly. Guards are
-ordinary functions: they run under ``torch.compile(fullgraph=True)``, in copies and in loaded modules.
+so that inputs for which the code would have gone another way are refused instead of computed wrongly; the module then
+has another graph made for them (see :mod:`.variants`). Guards are ordinary functions: they run under
+``torch.compile(fullgraph=True)``, in copies and in loaded modules.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx.node import has_side_effect
 
-from chase_fx.errors import ArgumentError, OtherPathError
+from chase_fx.errors import ArgumentError, OtherPathError, OtherSizeError
 
 __all__ = ["COMPARE", "GUARDS", "agree", "check", "check_data", "check_number", "expect"]
 
@@ -44,21 +45,24 @@ def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> No
     found = COMPARE[comparison](left, right)
     if found if holds else not found:  # in this form torch.compile can decide it for symbolic sizes
         return
-    raise OtherPathError(
+    raise OtherSizeError(_other(left, comparison, right, holds, where), where)
+
+
+def _other(left: Any, comparison: str, right: Any, holds: bool, where: str) -> str:
+    return (
         f"the model decides by a size at {where}: {left} {comparison} {right} was {holds} when the graph was captured "
         f"and is {not holds} now, so the model would run other code than the graph has; trace again with inputs of "
-        "these sizes, or if the data decides them, name the function in whole=",
-        where,
+        "these sizes, or if the data decides them, name the function in whole="
     )
 
 
 def check_number(left: Any, comparison: str, right: Any, holds: bool, where: str) -> None:
     """:func:`check` of a number that was read from data: what a compiler can't know is asserted when it runs."""
+    found = COMPARE[comparison](left, right)
     if torch.compiler.is_compiling():
-        found = COMPARE[comparison](left, right)
         torch._check(found if holds else torch.sym_not(found))
-    else:
-        check(left, comparison, right, holds, where)
+    elif found is not holds:
+        raise OtherPathError(_other(left, comparison, right, holds, where), where)
 
 
 def agree(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +19,7 @@ from chase_fx.graphs.pickling import from_plain, to_plain
 if TYPE_CHECKING:
     from chase_fx.graphs.standins import StandIns
 
-__all__ = ["Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
+__all__ = ["SizeRead", "Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +38,19 @@ class Slot:
         return f"%{self.index}{list(self.shape)}" + (f"={self.name}" if self.name else "")
 
 
-Sizes = tuple[tuple[tuple[Slot, int], ...] | None, ...]
+class SizeRead(NamedTuple):
+    """What a number was computed from.
+
+    Attributes:
+        origins: the (tensor, dim) pairs.
+        factors: those of them that it is a product of, with whole numbers.
+    """
+
+    origins: tuple[tuple[Slot, int], ...] = ()
+    factors: tuple[tuple[Slot, int], ...] = ()
+
+
+Sizes = tuple[SizeRead | None, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +67,7 @@ class TapedOp:
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
     whole: bool = False  # inside a function that stays one call
     own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
-    sizes: Sizes = ()  # of a view: where each size argument was read from; None for -1
+    sizes: Sizes = ()  # of a view: what each size argument was computed from; None for -1
     mapped: int = 0  # of a factory inside a vmap: how many of its sizes, in front, are those that the vmap runs over
     read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
 

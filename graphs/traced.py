@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,16 +15,18 @@ from torch.fx.graph_module import _forward_from_src
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.autocast import casts, preserved_autocast
 from chase_fx.graphs.branches import nested_code, python_code
+from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
+from chase_fx.graphs.variants import Forward, Variants, by_sizes
 
 if TYPE_CHECKING:
     from chase_fx.graphs.plan import PruningPlan
 
-__all__ = ["Capture", "TracedModule", "capture_of"]
+__all__ = ["Capture", "OutputLeaf", "TraceInfo", "TracedModule", "capture_of", "decides_by_sizes", "forward_of"]
 
 # What makes up the state of an nn.Module, apart from attributes that only the original forward reads.
 _MODULE_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
@@ -84,6 +86,7 @@ class TracedModule(GraphModule):
     plan: PruningPlan | None = None
     train_graph: Graph | None = None
     info: TraceInfo | None = None
+    variants: Variants
 
     @classmethod
     def build(
@@ -104,17 +107,16 @@ class TracedModule(GraphModule):
         return module
 
     def recompile(self) -> Any:
-        """Regenerate ``forward`` from the graphs."""
+        """Regenerate ``forward`` from the graphs. Graphs for other sizes are those of the graph before, and go."""
         with nested_code(self.graph):
             code = super().recompile()
-        if self.info is not None and self.info.train_error is not None:
-            cls = type(self)
-            cls.forward = _by_mode(cls.forward, _refuse, lambda module: module.training)
-        elif self.train_graph is not None:
-            cls = type(self)
-            cls.forward = _by_mode(cls.forward, _compile(self.train_graph), lambda module: getattr(module, FLAG)())
+        self.__dict__["variants"] = Variants()
+        cls = type(self)
+        error = self.info.train_error if self.info is not None else None
+        cls.forward = _with_train_mode(cls.forward, self.train_graph, error, FLAG)
+        if any(map(decides_by_sizes, self.graphs())):
+            cls.forward = by_sizes(cls.forward)
         if any(map(casts, self.graphs())):
-            cls = type(self)
             cls.forward = _preserving(cls.forward)
         return code
 
@@ -136,7 +138,7 @@ class TracedModule(GraphModule):
     def __reduce__(self) -> Any:
         train = flatten(self.train_graph) if self.train_graph is not None else None
         state = {name: self.__dict__[name] for name in _MODULE_STATE}
-        extras = {"plan": self.plan, "meta": dict(self.meta)}
+        extras = {"plan": self.plan, "meta": dict(self.meta), "variants": Variants(self.variants.recapture)}
         return _unpickle, (state, (flatten(self.graph), train), self.info, type(self).__name__, extras)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
@@ -147,6 +149,7 @@ class TracedModule(GraphModule):
         train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
         new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, type(self).__name__)
         memo[id(self)] = new
+        new.__dict__["variants"] = copy.copy(self.variants)
         new.__dict__["meta"] = dict(self.__dict__["meta"])
         if self.plan is not None:
             new.__dict__["plan"] = self.plan
@@ -169,13 +172,32 @@ def _unpickle(
     return new
 
 
-def _compile(graph: Graph) -> Callable[..., Any]:
+def decides_by_sizes(graph: Graph) -> bool:
+    """Whether a graph refuses some sizes that the model may take."""
+    return any(node.target is check for node in graph.nodes)
+
+
+def forward_of(graphs: Sequence[Graph], train_error: str | None, flag: str) -> Forward:
+    """The code of the graphs of one capture, the one in eval mode first; module ``flag`` tells which of two runs."""
+    forward = _with_train_mode(_compile(graphs[0]), graphs[1] if len(graphs) > 1 else None, train_error, flag)
+    return _preserving(forward) if any(map(casts, graphs)) else forward
+
+
+def _compile(graph: Graph) -> Forward:
     code = python_code(graph)
-    forward: Callable[..., Any] = _forward_from_src(code.src, code.globals, {})
+    forward: Forward = _forward_from_src(code.src, code.globals, {})
     return forward
 
 
-def _preserving(run: Callable[..., Any]) -> Callable[..., Any]:
+def _with_train_mode(evaluate: Forward, train: Graph | None, train_error: str | None, flag: str) -> Forward:
+    if train_error is not None:
+        return _by_mode(evaluate, _refusal(train_error), lambda module: module.training)
+    if train is not None:
+        return _by_mode(evaluate, _compile(train), lambda module: getattr(module, flag)())
+    return evaluate
+
+
+def _preserving(run: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
@@ -185,14 +207,14 @@ def _preserving(run: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _refuse(self: TracedModule, *_args: Any, **_kwargs: Any) -> Any:
-    assert self.info is not None
-    raise CaptureError(f"this graph has no train mode: {self.info.train_error}")
+def _refusal(train_error: str) -> Forward:
+    def refuse(_module: nn.Module, *_args: Any, **_kwargs: Any) -> Any:
+        raise CaptureError(f"this graph has no train mode: {train_error}")
+
+    return refuse
 
 
-def _by_mode(
-    evaluate: Callable[..., Any], train: Callable[..., Any], trains: Callable[[nn.Module], bool]
-) -> Callable[..., Any]:
+def _by_mode(evaluate: Forward, train: Forward, trains: Callable[[nn.Module], bool]) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return train(self, *args, **kwargs) if trains(self) else evaluate(self, *args, **kwargs)
 

@@ -324,7 +324,8 @@ def _sizes(case: Case, traced: nn.Module, slim: nn.Module, record: Record, exact
         if isinstance(known, float) and known <= exact:
             gap = _oracle(case.model, args, kwargs, slim)
             if not isinstance(gap, float) or gap > exact:
-                return f"slim differs at {what}: {gap}"
+                refused = isinstance(gap, str) and gap.startswith("Other")
+                return f"slim {'refused' if refused else 'differs'} at {what}: {gap}"
     return f"ok, {sum(tried.values())} tried" if tried else "fixed"
 
 

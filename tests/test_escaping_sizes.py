@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
-from chase_fx.errors import OtherPathError
+from chase_fx.errors import OtherSizeError
 from tests.oracle import assert_exact, randomise
 
 LENGTH = 30
@@ -155,14 +155,21 @@ def test_arithmetic_stays_live(how: str) -> None:
 
 @pytest.mark.parametrize("how", DECIDED)
 def test_what_is_looked_up_is_a_decision(how: str) -> None:
-    """Sizes that pick something by Python are guarded, with the line; another batch size is served."""
+    """Sizes that pick something by Python are guarded; another batch size needs no other graph, other sizes do."""
     x, other = images(2, 8), images(3, 12)
     model = randomise(Scaled(DECIDED[how]), (x,))
     traced = chase_fx.trace(model, x)
     for inputs in (x, images(5, 8)):
         assert torch.equal(traced(inputs), model(inputs))
-    with pytest.raises(OtherPathError, match=r"test_escaping_sizes.py:\d+"):
-        traced(other)
+    assert not traced.variants.others
+    try:
+        want = model(other)
+    except (LookupError, RuntimeError):
+        with pytest.raises(OtherSizeError, match=r"test_escaping_sizes.py:\d+"):
+            traced(other)
+    else:
+        assert torch.equal(traced(other), want)
+        assert len(traced.variants.others) == 1
 
 
 def test_a_message_is_no_decision() -> None:

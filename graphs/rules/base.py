@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, resolve
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
@@ -161,9 +161,20 @@ class LabelledOp:
         if len(self.op.sizes) != len(self.out.shape):
             return [None] * len(self.out.shape)
         return [
-            None if read is None else {self.is_space(self._labels[slot.index][d]) for slot, d in read}
+            None if read is None else {self.is_space(self._labels[slot.index][d]) for slot, d in read.origins}
             for read in self.op.sizes
         ]
+
+    def is_multiple(self, dim: int, axes: Sequence[Axis]) -> bool:
+        """Whether the size of dim ``dim`` of a view is a multiple of the product of ``axes``, whatever goes in."""
+        read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None
+        factors = [] if read is None else [resolve(self._labels[slot.index][d]) for slot, d in read.factors]
+        for axis in map(resolve, axes):
+            found = next((k for k, factor in enumerate(factors) if factor is axis), None)
+            if found is None:
+                return False
+            del factors[found]
+        return True
 
     def is_space(self, axis: Axis) -> bool:
         """Whether an axis never was one of channels: batch, space, sequence. One that was frozen since does not count.

@@ -46,7 +46,7 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     if not live_in or not live_out:
         return False
     for dims, ends in _blocks([axis.size for axis in before], op.out.shape):
-        if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out):
+        if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, before, dims, ends):
             continue
         covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(before[dim])]
         if any(found is not None and True not in found for found in (read[d] for d in covering)):
@@ -56,6 +56,18 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     lead_in, tail_in = (sum(map(op.is_space, part)) for part in (before[: live_in[0]], before[live_in[-1] + 1 :]))
     lead_out, tail_out = (sum(r == {True} for r in part) for part in (read[: live_out[0]], read[live_out[-1] + 1 :]))
     return lead_in > lead_out and tail_out > tail_in == 0
+
+
+def _cut_in_space(op: LabelledOp, before: Labels, dims: list[int], ends: list[int]) -> bool:
+    """Whether the first or the last size holds all channels of a block whole, so that only space is cut.
+
+    ``(N, C, H)`` viewed as ``(N * C * n, k)`` cuts H alone, for whatever number n is.
+    """
+    live = [i for i, d in enumerate(dims) if any(atoms_of(before[d]))]
+    if not live:
+        return False
+    first, last = dims[: live[-1] + 1], dims[live[0] :]
+    return op.is_multiple(ends[0], [before[d] for d in first]) or op.is_multiple(ends[-1], [before[d] for d in last])
 
 
 def _blocks(sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

@@ -1,0 +1,120 @@
+"""One more capture of a model, from the module that its first capture became.
+
+The first capture keeps a copy of the model without values. With the module's tensors in it, it is the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from chase_fx.errors import CaptureError
+from chase_fx.graphs.attempts import copy_of
+from chase_fx.graphs.duplicate import copied, duplicate
+from chase_fx.graphs.modes import FLAG, TrainingFlag
+from chase_fx.graphs.opaque import Rebuild
+from chase_fx.graphs.traced import TracedModule, capture_of, forward_of
+from chase_fx.graphs.variants import Variant
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
+
+__all__ = ["Recapture", "added", "move_in", "state_of"]
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, under each of its names."""
+    modules = modules_of(module)
+    return {**parameters_in(modules), **buffers_in(modules)}
+
+
+class Recapture:
+    """Captures a model again, on other inputs.
+
+    Args:
+        trace: makes a traced module of a model, its arguments and its keyword arguments.
+        model: the one that was captured.
+    """
+
+    def __init__(self, trace: Callable[..., TracedModule], model: nn.Module) -> None:
+        self._trace = trace
+        self._model = copy_of(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """The graph for these inputs, for a module that nothing was cut from."""
+        traced = self.capture(state_of(module), args, kwargs)
+        with added(module) as names:
+            flag = move_in(module, traced)
+        return Variant(forward_of(traced.graphs(), capture_of(traced).train_error, flag), tuple(names))
+
+    def capture(
+        self, tensors: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedModule:
+        """The model with ``tensors`` as its parameters and buffers, captured.
+
+        Raises:
+            CaptureError: they don't fit, or the model can't be captured on these inputs.
+        """
+        memo: dict[int, Any] = {}
+        for name, blank in state_of(self._model).items():
+            if id(blank) in memo:  # tied to one that came before
+                continue
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != blank.shape:
+                found = "is gone" if tensor is None else f"has shape {tuple(tensor.shape)}, not {tuple(blank.shape)}"
+                raise CaptureError(f"'{name}' {found}, so the module is no longer the model that was captured")
+            new = copied(tensor.detach(), {})
+            if isinstance(blank, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            memo[id(blank)] = new
+        return self._trace(duplicate(self._model, memo), args, kwargs)
+
+
+@contextmanager
+def added(module: nn.Module) -> Iterator[list[str]]:
+    """Gives the names of what is added to ``module`` inside the block, once it has ended; nothing after an error."""
+    before = {*module._buffers, *module._modules}
+    names: list[str] = []
+    try:
+        yield names
+    except BaseException:
+        for name in {*module._buffers, *module._modules} - before:
+            delattr(module, name)
+        raise
+    names += [name for name in (*module._buffers, *module._modules) if name not in before]
+
+
+def move_in(module: nn.Module, traced: TracedModule) -> str:
+    """Let the graphs of ``traced``, another capture of the same model, run on ``module``.
+
+    ``module`` gets what they need besides the model's own, under new names. Returns that of the module that tells which
+    of two graphs runs.
+    """
+    children = [name for name, child in traced._modules.items() if isinstance(child, (Rebuild, TrainingFlag))]
+    new = _new_names(module, [*capture_of(traced).constants, *children])
+    for name, buffer in traced._buffers.items():
+        if name in new:
+            module.register_buffer(new[name], buffer, persistent=False)
+    for name, child in traced._modules.items():
+        if name in new:
+            moved = _flag_of(module, child) if isinstance(child, TrainingFlag) else child
+            module.add_module(new[name], moved)
+    for graph in traced.graphs():
+        for node in graph.nodes:
+            if node.op in ("get_attr", "call_module") and node.target in new:
+                node.target = new[node.target]
+    return new.get(FLAG, FLAG)
+
+
+def _new_names(module: nn.Module, names: list[str]) -> dict[str, str]:
+    taken = {*module._buffers, *module._modules}
+    number = next(n for n in range(1, len(taken) + 2) if taken.isdisjoint(f"{name}_{n}" for name in names))
+    return {name: f"{name}_{number}" for name in names}
+
+
+def _flag_of(module: nn.Module, flag: TrainingFlag) -> TrainingFlag:
+    """The same for the modules of ``module``."""
+    captured = {name: (pair[0], pair[1]) for name, *pair in zip(flag.names, *flag.captured, strict=True)}
+    return TrainingFlag(dict(modules_of(module)), captured).train(module.training)

@@ -1,0 +1,187 @@
+"""What a plan does to the graphs of a capture: size arguments and the sizes of modules follow the kept units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from chase_fx.errors import PlanMismatchError
+from chase_fx.graphs.axes import Atom, Axis, keep_mask
+from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.channels import ChannelGraph
+from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.plan import PruningPlan
+from chase_fx.graphs.rules.base import Facts, Labels
+from chase_fx.graphs.shadows import given_path
+from chase_fx.graphs.traced import TracedModule
+from chase_fx.passes.counts import Counts
+from chase_fx.passes.modules import resize
+from chase_fx.passes.sizes import CALLS, CallSite
+
+__all__ = ["Cut"]
+
+LabelsOf = Callable[[Node], Labels | None]
+
+
+class Cut:
+    """A plan, and the analysis of the capture that it is applied to.
+
+    Attributes:
+        kept: kept indices of every tensor that changes, constants of the forward included.
+
+    Raises:
+        PlanMismatchError: the plan keeps other indices of some tensor than those that it is coupled with allow.
+    """
+
+    def __init__(self, channels: ChannelGraph, plan: PruningPlan) -> None:
+        self._channels = channels
+        self._masks = channels.masks_of(plan)
+        by_name = {g.name: torch.from_numpy(self._masks[g.atom]) for g in channels.groups if g.atom in self._masks}
+        self.kept = channels.keep(by_name)
+        _check_consistent(plan, {n: k for n, k in self.kept.items() if n not in channels.info.constants})
+        counts = {atom: int(mask.sum()) for atom, mask in self._masks.items()}
+        self._counts = Counts(channels.labelling.axes, counts)
+
+    def graphs(self, traced: TracedModule, root: nn.Module) -> list[Graph]:
+        """The graphs of ``traced`` for the cut tensors of ``root``; its modules get sizes that graphs alone tell."""
+        places = _Places(root, self._masks)
+        return [
+            _rewrite_graph(graph, root, self._channels, k, counts=self._counts, places=places)
+            for k, graph in enumerate(traced.graphs())
+        ]
+
+
+def _check_consistent(plan: PruningPlan, complete: dict[str, tuple[torch.Tensor | None, ...]]) -> None:
+    for name in {**plan.pruned, **complete}:
+        rank = len(plan.shapes[name])
+        planned, implied = plan.pruned.get(name, (None,) * rank), complete.get(name, (None,) * rank)
+        for dim, (a, b) in enumerate(zip(planned, implied, strict=True)):
+            same = (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+            if not same:
+                raise PlanMismatchError(
+                    f"the plan keeps other indices of '{name}' dim {dim} than the tensors it is coupled with do"
+                )
+
+
+class _Places:
+    """Kept indices of axes as buffers of the slim module; graphs share those of the same axis."""
+
+    def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
+        self._root, self._masks = root, masks
+        self._names: dict[bytes, str] = {}
+
+    def __call__(self, axis: Axis) -> str:
+        """The name of the buffer with the kept indices of ``axis``."""
+        mask = keep_mask(axis, self._masks)
+        assert mask is not None
+        name = self._names.get(mask.tobytes())
+        if name is None:
+            taken = self._root._buffers
+            name = next(n for k in range(len(taken) + 1) if (n := f"_chase_kept_{k}") not in taken)
+            self._names[mask.tobytes()] = name
+            self._root.register_buffer(name, torch.from_numpy(np.flatnonzero(mask)), persistent=False)
+        return name
+
+
+def _rewrite_graph(
+    graph: Graph, root: nn.Module, channels: ChannelGraph, capture: int, *, counts: Counts, places: _Places
+) -> Graph:
+    new = copy.deepcopy(graph)
+    slots = channels.labelling.slots[capture]
+    facts = channels.labelling.facts[capture]
+
+    def labels(node: Node) -> Labels | None:
+        slot = node.meta.get("slot")
+        return slots.get(slot.index) if slot is not None else None
+
+    def noted(node: Node) -> Sequence[Facts]:
+        start, stop = node.meta.get("tape", (0, 0))
+        return [facts[i] for i in range(start, stop) if i in facts]
+
+    for node in list(new.nodes):
+        site = CallSite(new, node, counts, labels, noted(node), places)
+        if node.op == "call_module":
+            _resize_called(root.get_submodule(given_path(str(node.target))), site)
+        elif node.op in ("call_function", "call_method"):
+            name = call_name(node)
+            if name in ("size", "numel"):
+                _grow_read(new, node, labels, counts)
+            elif name in CALLS and _touches_live(node, labels, counts):
+                CALLS[name](site)
+    remove_dead_nodes(new, root)
+    return new
+
+
+def _touches_live(node: Node, labels: LabelsOf, counts: Counts) -> bool:
+    for other in (node, *node.all_input_nodes, *node.users):
+        found = labels(other)
+        if found is not None and counts.any_live(found):
+            return True
+    return False
+
+
+def _grow_read(graph: Graph, node: Node, labels: LabelsOf, counts: Counts) -> None:
+    """A size that is read from a shrunken dim goes on with its dense value."""
+    found = labels(cast("Node", node.args[0]))
+    if found is None:
+        return
+    chosen = (found[cast("int", node.args[1])],) if len(node.args) > 1 else found
+    if not counts.any_live(chosen):
+        return
+    users = list(node.users)
+    with graph.inserting_after(node):
+        mark = graph.call_function(int, (0,))
+    with graph.inserting_before(mark):
+        dense = counts.grow(graph, node, chosen)
+    if "value" in node.meta:
+        dense.meta["value"] = node.meta["value"]
+    graph.erase_node(mark)
+    for user in users:
+        user.args = _swap(user.args, node, dense)
+        user.kwargs = _swap(user.kwargs, node, dense)
+
+
+def _swap(value: Any, old: Node, new: Any) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_swap(v, old, new) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_swap(v, old, new) for v in value)
+    if isinstance(value, dict):
+        return {k: _swap(v, old, new) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(_swap(value.start, old, new), _swap(value.stop, old, new), _swap(value.step, old, new))
+    return value
+
+
+def _resize_called(module: nn.Module, site: CallSite) -> None:
+    """Sizes that no tensor of the module tells: groups, and norms without weights."""
+    group = site.note("groups")
+    if group is not None and isinstance(module, _ConvNd):
+        module.groups = site.counts.kept(group)
+        resize(module, {})
+    if not site.node.args:
+        return
+    x = site.labels(site.node.args[0]) if isinstance(site.node.args[0], Node) else None
+    if x is None:
+        return
+    if isinstance(module, nn.GroupNorm):
+        if group is not None:
+            module.num_groups = site.counts.kept(group)
+        module.num_channels = site.counts.kept(x[1])
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        n = len(module.normalized_shape)
+        module.normalized_shape = tuple(map(site.counts.kept, x[len(x) - n :]))
+    elif isinstance(module, _NormBase) and len(x) > 1:
+        unbatched = isinstance(module, _InstanceNorm) and len(x) == module._get_no_batch_dim()
+        module.num_features = site.counts.kept(x[0 if unbatched else 1])

@@ -1,0 +1,314 @@
+"""Sizes at which the model runs other code than the graph has: the module captures it again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chase_fx
+from chase_fx.errors import OtherPathError, OtherSizeError
+from chase_fx.graphs.traced import TracedModule
+from tests.oracle import assert_exact, randomise
+
+
+class Net(nn.Module):
+    """Normalised features of a sequence, between two layers; ``rule`` decides by the length."""
+
+    def __init__(self, rule: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm, self.other = nn.Linear(4, 12), nn.BatchNorm1d(12), nn.Linear(12, 12)
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(12, 3)
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.drop(self.norm(self.first(x).mT).mT)
+        y = self.rule(self, y)
+        out = self.last(y)
+        return (out, y.mean()) if self.training else out
+
+
+def branch(net: Net, y: Tensor) -> Tensor:
+    """A table as long as the sequence, for short ones."""
+    z = net.other(y)
+    return z + torch.linspace(0, 1, y.shape[1], dtype=y.dtype)[:, None] if y.shape[1] < 6 else z.relu()
+
+
+def loop(net: Net, y: Tensor) -> Tensor:
+    """A recurrence."""
+    state = torch.zeros_like(y[:, 0])
+    for t in range(y.shape[1]):
+        state = torch.tanh(net.other(state) + y[:, t])
+    return y + state[:, None]
+
+
+def padded(_: Net, y: Tensor) -> Tensor:
+    """To whole windows, and back."""
+    extra = -y.shape[1] % 4
+    if extra:
+        y = F.pad(y, (0, 0, 0, extra))
+    y = y.unflatten(1, (-1, 4)).cumsum(2).flatten(1, 2)
+    return y[:, :-extra] if extra else y
+
+
+RULES: dict[str, Callable[[Net, Tensor], Tensor]] = {"branch": branch, "loop": loop, "padded": padded}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def sequence(length: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+
+
+def model_of(rule: Callable[[Net, Tensor], Tensor]) -> Net:
+    torch.manual_seed(0)
+    return randomise(Net(rule), (sequence(8),))
+
+
+def others(module: TracedModule) -> int:
+    return len(module.variants.others)
+
+
+@every_rule
+def test_other_lengths(rule: Callable[[Net, Tensor], Tensor]) -> None:
+    """Traced and slim graphs follow the model, also to lengths that were seen before, in any order."""
+    model = model_of(rule)
+    traced, slim = chase_fx.trace(model, sequence(8)), chase_fx.prune(model, sequence(8))
+    keys = list(slim.state_dict())
+    for length in (8, 5, 7, 5, 8, 3):
+        x = sequence(length, batch=3)
+        assert torch.equal(traced(x), model(x))
+        assert_exact(model, slim, (x,))
+    assert others(traced) == others(slim) > 0
+    assert list(slim.state_dict()) == keys
+
+
+@every_rule
+def test_training(rule: Callable[[Net, Tensor], Tensor]) -> None:
+    """Outputs, draws, gradients and statistics are the model's, though the first graph was broken off half-way."""
+    model = model_of(rule)
+    traced = chase_fx.trace(model, sequence(8)).train()
+    model.train()
+    for length in (8, 5, 5):
+        results = []
+        for module in (model, traced):
+            torch.manual_seed(3)
+            module.zero_grad()
+            out, extra = module(sequence(length))
+            (out.square().sum() + extra).backward()
+            results.append((out, extra, torch.rand(1)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+        for (name, p), q in zip(model.named_parameters(), traced.parameters(), strict=True):
+            assert (p.grad is None) is (q.grad is None), name
+            assert p.grad is None or torch.equal(p.grad, q.grad), name
+        for (name, p), q in zip(model.named_buffers(), traced.buffers(), strict=False):
+            assert torch.equal(p, q), name
+    assert others(traced) == 1
+
+
+def test_inputs_written_to() -> None:
+    """A forward that writes to its input before it decides writes once."""
+
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Any:
+            x += 1
+            return super().forward(x)
+
+    model = Writes(branch).double().eval()
+    traced = chase_fx.trace(model, sequence(8))
+    x, y = sequence(5), sequence(5)
+    assert torch.equal(traced(x), model(y))
+    assert torch.equal(x, y)
+    assert others(traced) == 1
+    with torch.inference_mode():
+        x, y = sequence(3), sequence(3)
+        assert torch.equal(traced(x), model(y))
+        assert torch.equal(x, y)
+
+
+def test_copies_and_precision() -> None:
+    """Graphs for other sizes go along with copies, precision and loaded weights."""
+    model = model_of(branch)
+    traced = chase_fx.trace(model, sequence(8))
+    traced(sequence(5))
+    copied = copy.deepcopy(traced)
+    other = model_of(branch)
+    nn.init.ones_(other.other.weight)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(sequence(5)), other(sequence(5)))
+    assert torch.equal(traced(sequence(5)), model(sequence(5)))
+    copied.float()
+    assert torch.equal(copied(sequence(5).float()), other.float()(sequence(5).float()))
+    assert torch.equal(copied(sequence(4).float()), other(sequence(4).float()))
+
+
+def test_compiled() -> None:
+    """A compiled module has the graphs of the sizes that the module met before it was compiled."""
+    model = model_of(branch)
+    traced = chase_fx.trace(model, sequence(8))
+    for length in (8, 5):
+        traced(sequence(length))
+    torch.compiler.reset()
+    compiled = torch.compile(traced, fullgraph=True, backend="eager")
+    for length in (8, 5, 9):
+        assert torch.equal(compiled(sequence(length)), model(sequence(length)))
+    with pytest.raises(Exception, match="decides by a size"):
+        compiled(sequence(4))
+
+
+def test_live_shrink() -> None:
+    """What is cut while it trains meets other sizes as a slim module does."""
+    model = model_of(branch)
+    traced = chase_fx.trace(model, sequence(8))
+    traced(sequence(5))
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.0)
+    channels = chase_fx.analyze(traced)
+    plan = channels.plan(0.5)
+    slim = chase_fx.rewrite(traced, plan)
+    from chase_fx.training import GraphShrinker
+
+    shrink = GraphShrinker(traced, channels)
+    masks = channels.masks_of(plan)
+    kept = {g.name: torch.from_numpy(masks[g.atom]) for g in channels.groups if g.atom in masks}
+    for name, parameter in traced.named_parameters():
+        parameter.data = slim.get_parameter(name).data.clone()
+    shrink(traced, kept)
+    assert optimizer.param_groups[0]["params"]
+    for length in (8, 5, 3):
+        assert torch.equal(traced.eval()(sequence(length)), slim.eval()(sequence(length)))
+        assert_exact(model, traced, (sequence(length),))
+
+
+def mixing(net: Net, y: Tensor) -> Tensor:
+    """Short sequences couple the channels of two layers that are apart in long ones."""
+    return net.other(y) + y if y.shape[1] < 6 else net.other(y)
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    """Where the other code couples what the plan tells apart, the slim module refuses, and holds nothing more."""
+    model = model_of(mixing)
+    traced = chase_fx.trace(model, sequence(8))
+    channels = chase_fx.analyze(traced)
+    assert len(channels.groups) == 2
+    half = torch.arange(12) < 6
+    kept = {group.name: mask for group, mask in zip(channels.groups, (half, ~half), strict=True)}
+    slim = chase_fx.rewrite(traced, channels.plan_keeping(kept))
+    names = [name for name, _ in slim.named_buffers()]
+    with pytest.raises(OtherSizeError, match=r"test_variants\.py:\d+.*could not be captured again.*coupled") as found:
+        slim(sequence(5))
+    assert "test_variants.py" in found.value.where
+    assert [name for name, _ in slim.named_buffers()] == names
+    assert_exact(model, slim, (sequence(8),))
+
+
+def test_what_the_model_can_not_do_is_refused() -> None:
+    """With the model's own error."""
+
+    def strict(_: Net, y: Tensor) -> Tensor:
+        if y.shape[1] < 6:
+            raise ValueError("too short")
+        return y
+
+    traced = chase_fx.trace(model_of(strict), sequence(8))
+    with pytest.raises(OtherSizeError, match="too short"):
+        traced(sequence(5))
+
+
+def test_layers_that_were_replaced() -> None:
+    """Another activation is part of every graph; a parameter that is gone leaves none but those that there are."""
+    model = model_of(loop)
+    model.drop = nn.Tanh()
+    traced = chase_fx.trace(model, sequence(8))
+    traced.drop = model.drop = nn.Sigmoid()
+    assert torch.equal(traced(sequence(5)), model(sequence(5)))
+    traced.other = nn.Linear(12, 12, bias=False).double()
+    traced(sequence(8))
+    with pytest.raises(OtherSizeError, match=r"'other\.bias' is gone"):
+        traced(sequence(4))
+
+
+def test_an_edited_graph_stands_alone() -> None:
+    """Graphs that are captured again would lack what was edited."""
+    traced = chase_fx.trace(model_of(branch), sequence(8))
+    traced(sequence(5))
+    for node in traced.graph.nodes:
+        if node.target == "relu":
+            node.target = "sigmoid"
+    traced.recompile()
+    traced(sequence(8))
+    with pytest.raises(OtherSizeError):
+        traced(sequence(5))
+
+
+def test_data_that_decide_sizes_are_refused() -> None:
+    """A capture for each new number of hits would never end."""
+
+    def hits(_: Net, y: Tensor) -> Tensor:
+        found = y[y[..., 0] > 0]
+        return y * 2 if len(found) > 3 else y
+
+    model = model_of(hits)
+    traced = chase_fx.trace(model, sequence(8))
+    many, few = (1000 * model.first.weight[0].detach().expand(2, 8, 4) * sign for sign in (1, -1))
+    if model.norm.weight[0] < 0:
+        many, few = few, many
+    assert torch.equal(traced(many), model(many))
+    with pytest.raises(OtherPathError, match="whole=") as found:
+        traced(few)
+    assert not isinstance(found.value, OtherSizeError)
+
+
+def test_inside_another_capture_and_under_vmap() -> None:
+    """No capture begins inside of another one, or inside a function transform."""
+    traced = chase_fx.trace(model_of(branch), sequence(8))
+    with pytest.raises(OtherPathError, match="decides by a size"):
+        chase_fx.trace(nn.Sequential(traced, nn.Linear(3, 2).double()), sequence(5))
+    with pytest.raises(OtherSizeError):
+        torch.func.vmap(traced)(sequence(5)[:, None])
+    assert others(traced) == 0
+
+
+def test_the_oldest_graphs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrence has a graph for each length, of which the module keeps some, with their constants."""
+    monkeypatch.setattr("chase_fx.graphs.variants._MOST", 3)
+
+    def tabled(net: Net, y: Tensor) -> Tensor:
+        return loop(net, y) + torch.tensor([0.5, 2.0, 1.0], dtype=y.dtype).sum()
+
+    model = model_of(tabled)
+    traced = chase_fx.trace(model, sequence(8))
+    buffers = len(list(traced.buffers()))
+    for length in (1, 2, 3, 4, 5, 4, 8):
+        assert torch.equal(traced(sequence(length)), model(sequence(length)))
+        assert others(traced) <= 3
+    assert len(list(traced.buffers())) <= buffers * 4
+
+
+def test_frozen_outputs_and_custom_rules() -> None:
+    """The outputs that the plan leaves open stay open."""
+
+    class Two(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = self.rule(self, self.norm(self.first(x).mT).mT)
+            return {"scores": self.last(y), "features": y}
+
+    model = randomise(Two(branch), (sequence(8),))
+    slim = chase_fx.prune(model, sequence(8), outputs="scores")
+    assert slim(sequence(8))["features"].shape[-1] == slim(sequence(5))["features"].shape[-1] == 6
+    traced = chase_fx.trace(model, sequence(5))
+    again = chase_fx.rewrite(traced, chase_fx.analyze(traced, "scores").plan_keeping({}))
+    assert again(sequence(5))["features"].shape[-1] == 12
+
+
+def test_autocast_around_the_call() -> None:
+    """The graph that is captured inside a region is the one for outside, which torch casts like the model."""
+    model, x = model_of(branch).float(), sequence(5).float()
+    traced = chase_fx.trace(model, sequence(8).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(traced(x), model(x))
+    assert torch.equal(traced(x), model(x))
