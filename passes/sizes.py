@@ -19,6 +19,7 @@ from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.passes.counts import Counts
+from chase_fx.passes.numbers import fixed_value, value
 
 __all__ = ["CALLS", "CallSite"]
 
@@ -165,9 +166,9 @@ def _bounds(site: CallSite, size: int) -> list[int]:
     if len(site.node.args) > 1:
         sections = site.node.args[1]
     if isinstance(sections, (list, tuple)):
-        sections = [_value(site, s) for s in sections]
+        sections = [fixed_value(site, s) for s in sections]
         return [0, *sections, size] if name == "tensor_split" else [sum(sections[:i]) for i in range(len(sections) + 1)]
-    count = int(_value(site, sections))
+    count = int(fixed_value(site, sections))
     if name == "tensor_split":
         q, r = divmod(size, count)
         lengths = [q + (i < r) for i in range(count)]
@@ -210,7 +211,7 @@ def _place(site: CallSite, item: Any, axis: Axis) -> Any:
     if not site.counts.live(axis) or isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
         return item
     if isinstance(item, (int, Node)):
-        return site.counts.before(axis, _value(site, item) % axis.size)
+        return site.counts.before(axis, fixed_value(site, item) % axis.size)
     if isinstance(item, slice):
         return _slice(site, item, axis)
     raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
@@ -219,7 +220,7 @@ def _place(site: CallSite, item: Any, axis: Axis) -> Any:
 def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
     if item.step not in (None, 1):
         return slice(item.start, None, item.step)  # rows of ``step`` stay whole, so the same place is taken of each
-    bounds = slice(_value(site, item.start), _value(site, item.stop), item.step)
+    bounds = slice(value(site, item.start), value(site, item.stop), item.step)
     start, stop, _ = bounds.indices(axis.size)
     new_start = None if bounds.start is None else _bound(site, item.start, start, axis)
     new_stop = None if bounds.stop is None else _bound(site, item.stop, max(start, stop), axis)
@@ -228,18 +229,10 @@ def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
 
 def _bound(site: CallSite, given: Any, place: int, axis: Axis) -> Any:
     """Where dense index ``place`` is found; a computed bound between rows of batch x channels stays computed."""
-    if isinstance(given, Node) and site.counts.scales(axis, place) and _value(site, given) == place:
+    if isinstance(given, Node) and site.counts.scales(axis, place) and value(site, given) == place:
         return site.shrink(given, axis)
+    fixed_value(site, given)
     return site.counts.before(axis, place)
-
-
-def _value(site: CallSite, number: Any) -> Any:
-    """A number, or what a computed one was in the capture: on a dim of channels it is the same in every call."""
-    if not isinstance(number, Node):
-        return number
-    if "value" not in number.meta:
-        raise RewriteError(f"{site.where()}: a live dim is addressed by '{number.name}', which is no size")
-    return number.meta["value"]
 
 
 def _restride(site: CallSite) -> None:
@@ -271,7 +264,7 @@ def _narrow(site: CallSite) -> None:
     labels = site.label(x)
     axis = labels[dim % len(labels)]
     if site.counts.live(axis):
-        start, length = _value(site, start) % axis.size, _value(site, length)
+        start, length = fixed_value(site, start) % axis.size, fixed_value(site, length)
         site.set(2, "start", site.counts.before(axis, start))
         site.set(3, "length", site.counts.between(axis, start, start + length))
 
@@ -291,7 +284,7 @@ def _select(site: CallSite) -> None:
     labels = site.label(x)
     axis = labels[dim % len(labels)]
     if site.counts.live(axis):
-        site.set(2, "index", site.counts.before(axis, _value(site, index) % axis.size))
+        site.set(2, "index", site.counts.before(axis, fixed_value(site, index) % axis.size))
 
 
 def _squeeze(site: CallSite) -> None:
@@ -321,7 +314,7 @@ def _pad(site: CallSite) -> None:
     for k in range(len(amounts) // 2):
         axis = outer[len(outer) - 1 - k]
         if site.counts.live(axis):
-            before, after = (_value(site, n) for n in amounts[2 * k : 2 * k + 2])
+            before, after = (fixed_value(site, n) for n in amounts[2 * k : 2 * k + 2])
             new[2 * k] = site.counts.between(axis, 0, before)
             new[2 * k + 1] = site.counts.between(axis, axis.size - after, axis.size)
     site.set(1, "pad", tuple(new))

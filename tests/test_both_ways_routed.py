@@ -60,6 +60,7 @@ class Chosen(Net):
 @pytest.mark.parametrize("example", [0, 3])
 @pytest.mark.parametrize("kind", [Routed, Averaged, Chosen])
 def test_ways_join_before_what_data_sizes(kind: type[Net], example: int) -> None:
+    torch.manual_seed(0)
     model = model_of(kind)
     traced = chase_fx.trace(model, DATA[example])
     slim = chase_fx.prune(model, DATA[example], channel_sparsity=0.5)
