@@ -90,8 +90,11 @@ class Variants:
             if not saved.restore():
                 raise refused
         assert refused is not None
-        out = self._another(module, args, kwargs, refused).forward(module, *args, **kwargs)
-        self.serving[key] = len(self.others)
+        with _CAPTURING:
+            another = self._another(module, args, kwargs, refused)
+            place = len(self.others)
+        out = another.forward(module, *args, **kwargs)
+        self.serving[key] = place
         return out
 
     def _another(self, module: nn.Module, args: Any, kwargs: Any, refused: OtherSizeError) -> Variant:
@@ -100,7 +103,7 @@ class Variants:
         if len(self.others) == _MOST:
             self._forget(module)
         try:
-            with _CAPTURING, outside_autocast():
+            with outside_autocast():
                 found = self.recapture(module, args, kwargs)
         except ChaseError as e:
             raise OtherSizeError(
