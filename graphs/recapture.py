@@ -5,23 +5,25 @@ The first capture keeps a copy of the model without values. With the module's te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.attempts import copy_of
 from chase_fx.graphs.duplicate import copied, duplicate
 from chase_fx.graphs.modes import FLAG, TrainingFlag
 from chase_fx.graphs.opaque import Rebuild
+from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule, capture_of, forward_of
 from chase_fx.graphs.variants import Variant
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 
-__all__ = ["Recapture", "added", "move_in", "state_of"]
+__all__ = ["Recapture", "added", "calls_of", "move_in", "state_of"]
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -47,7 +49,8 @@ class Recapture:
         traced = self.capture(state_of(module), args, kwargs)
         with added(module) as names:
             flag = move_in(module, traced)
-        return Variant(forward_of(traced.graphs(), capture_of(traced).train_error, flag), tuple(names))
+        forward = forward_of(traced.graphs(), capture_of(traced).train_error, flag)
+        return Variant(forward, tuple(names), calls_of(traced.graphs()))
 
     def capture(
         self, tensors: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -70,6 +73,11 @@ class Recapture:
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             memo[id(blank)] = new
         return self._trace(duplicate(self._model, memo), args, kwargs)
+
+
+def calls_of(graphs: Iterable[Graph]) -> frozenset[str]:
+    """The submodules that graphs call, by the names that the model has for them."""
+    return frozenset(given_path(str(n.target)) for graph in graphs for n in graph.nodes if n.op == "call_module")
 
 
 @contextmanager

@@ -40,10 +40,12 @@ class Variant:
     Attributes:
         forward: its code, to be called with the module.
         names: of the buffers and submodules that the module holds for it alone.
+        calls: the submodules that it calls, by name.
     """
 
     forward: Forward
     names: tuple[str, ...]
+    calls: frozenset[str]
 
 
 Recapture = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Variant]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from chase_fx.errors import PlanMismatchError
+from chase_fx.errors import PlanMismatchError, RewriteError
 from chase_fx.graphs.axes import Atom, Axis, keep_mask
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
@@ -51,11 +51,16 @@ class Cut:
         counts = {atom: int(mask.sum()) for atom, mask in self._masks.items()}
         self._counts = Counts(channels.labelling.axes, counts)
 
-    def graphs(self, traced: TracedModule, root: nn.Module) -> list[Graph]:
-        """The graphs of ``traced`` for the cut tensors of ``root``; its modules get sizes that graphs alone tell."""
-        places = _Places(root, self._masks)
+    def graphs(self, traced: TracedModule, root: nn.Module, settled: Iterable[nn.Module] = ()) -> list[Graph]:
+        """The graphs of ``traced`` for the cut tensors of ``root``; its modules get sizes that graphs alone tell.
+
+        Raises:
+            RewriteError: a size argument that can't be replaced, or a module of ``root`` that would need two sizes, or
+                another one than it has if it is one of ``settled``.
+        """
+        places, sizes = _Places(root, self._masks), _ModuleSizes(settled)
         return [
-            _rewrite_graph(graph, root, self._channels, k, counts=self._counts, places=places)
+            _rewrite_graph(graph, root, self._channels, k, counts=self._counts, places=places, sizes=sizes)
             for k, graph in enumerate(traced.graphs())
         ]
 
@@ -92,8 +97,35 @@ class _Places:
         return name
 
 
+class _ModuleSizes:
+    """Sizes of modules that graphs alone tell: a module that is called in several places has one of each."""
+
+    def __init__(self, settled: Iterable[nn.Module]) -> None:
+        self._settled = {id(module) for module in settled}
+        self._set: set[tuple[int, str]] = set()
+
+    def __call__(self, site: CallSite, module: nn.Module, name: str, value: Any) -> None:
+        """Set attribute ``name`` of ``module``, which is called at ``site``."""
+        known = id(module) in self._settled or (id(module), name) in self._set
+        found = getattr(module, name)
+        if known and found != value:
+            raise RewriteError(
+                f"{site.where()}: '{site.node.target}' needs {name}={value} here and {name}={found} where it is called "
+                "elsewhere; use a module for each"
+            )
+        self._set.add((id(module), name))
+        setattr(module, name, value)
+
+
 def _rewrite_graph(
-    graph: Graph, root: nn.Module, channels: ChannelGraph, capture: int, *, counts: Counts, places: _Places
+    graph: Graph,
+    root: nn.Module,
+    channels: ChannelGraph,
+    capture: int,
+    *,
+    counts: Counts,
+    places: _Places,
+    sizes: _ModuleSizes,
 ) -> Graph:
     new = copy.deepcopy(graph)
     slots = channels.labelling.slots[capture]
@@ -110,7 +142,7 @@ def _rewrite_graph(
     for node in list(new.nodes):
         site = CallSite(new, node, counts, labels, noted(node), places)
         if node.op == "call_module":
-            _resize_called(root.get_submodule(given_path(str(node.target))), site)
+            _resize_called(root.get_submodule(given_path(str(node.target))), site, sizes)
         elif node.op in ("call_function", "call_method"):
             name = call_name(node)
             if name in ("size", "numel"):
@@ -164,11 +196,11 @@ def _swap(value: Any, old: Node, new: Any) -> Any:
     return value
 
 
-def _resize_called(module: nn.Module, site: CallSite) -> None:
+def _resize_called(module: nn.Module, site: CallSite, sizes: _ModuleSizes) -> None:
     """Sizes that no tensor of the module tells: groups, and norms without weights."""
     group = site.note("groups")
     if group is not None and isinstance(module, _ConvNd):
-        module.groups = site.counts.kept(group)
+        sizes(site, module, "groups", site.counts.kept(group))
         resize(module, {})
     if not site.node.args:
         return
@@ -177,11 +209,11 @@ def _resize_called(module: nn.Module, site: CallSite) -> None:
         return
     if isinstance(module, nn.GroupNorm):
         if group is not None:
-            module.num_groups = site.counts.kept(group)
-        module.num_channels = site.counts.kept(x[1])
+            sizes(site, module, "num_groups", site.counts.kept(group))
+        module.num_channels = site.counts.kept(x[1])  # nothing is computed with it
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         n = len(module.normalized_shape)
-        module.normalized_shape = tuple(map(site.counts.kept, x[len(x) - n :]))
+        sizes(site, module, "normalized_shape", tuple(map(site.counts.kept, x[len(x) - n :])))
     elif isinstance(module, _NormBase) and len(x) > 1:
         unbatched = isinstance(module, _InstanceNorm) and len(x) == module._get_no_batch_dim()
-        module.num_features = site.counts.kept(x[0 if unbatched else 1])
+        module.num_features = site.counts.kept(x[0 if unbatched else 1])  # nor with this

@@ -16,9 +16,9 @@ from chase_fx.errors import ArgumentError, PlanMismatchError
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.outputs import select_outputs
 from chase_fx.graphs.plan import PruningPlan
-from chase_fx.graphs.recapture import Recapture, added, move_in, state_of
+from chase_fx.graphs.recapture import Recapture, added, calls_of, move_in, state_of
 from chase_fx.graphs.rules import DEFAULT_RULES
-from chase_fx.graphs.traced import capture_of, forward_of
+from chase_fx.graphs.traced import TracedModule, capture_of, forward_of
 from chase_fx.graphs.variants import Variant
 from chase_fx.passes.cut import Cut
 from chase_fx.passes.modules import slice_tensor
@@ -46,8 +46,9 @@ class SlimRecapture:
         Raises:
             ChaseError: the model can't be captured on them, or couples channels there that the plan tells apart.
         """
-        plan = getattr(module, "plan", None)
-        assert isinstance(plan, PruningPlan)
+        assert isinstance(module, TracedModule)
+        plan = module.plan
+        assert plan is not None
         traced = self._dense.capture(_grown(state_of(module), plan), args, kwargs)
         info = capture_of(traced)
         if {n: s for n, s in info.structure.items() if n not in info.constants} != dict(plan.shapes):
@@ -57,8 +58,9 @@ class SlimRecapture:
             traced._buffers[name] = slice_tensor(traced.get_buffer(name), cut.kept[name])
         with added(module) as names:
             flag = move_in(module, traced)
-            graphs = cut.graphs(traced, module)
-        return Variant(forward_of(graphs, info.train_error, flag), tuple(names))
+            called = calls_of(module.graphs()).union(*(variant.calls for variant in module.variants.others))
+            graphs = cut.graphs(traced, module, map(module.get_submodule, called))
+        return Variant(forward_of(graphs, info.train_error, flag), tuple(names), calls_of(graphs))
 
 
 def _grown(tensors: Mapping[str, torch.Tensor], plan: PruningPlan) -> dict[str, torch.Tensor]:

@@ -206,6 +206,32 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
     assert_exact(model, slim, (sequence(8),))
 
 
+def test_a_module_has_one_size() -> None:
+    """A norm without weights that the other code calls on another width would change what the first graph computes."""
+
+    class Grouped(Net):
+        def __init__(self, rule: Callable[[Net, Tensor], Tensor]) -> None:
+            super().__init__(rule)
+            self.shared = nn.GroupNorm(4, 12, affine=False)
+
+    def either(net: Any, y: Tensor) -> Tensor:
+        if y.shape[1] < 6:
+            return net.shared(net.other(y).mT).mT
+        return net.other(net.shared(y.mT).mT)
+
+    torch.manual_seed(0)
+    model = randomise(Grouped(either), (sequence(8),))
+    traced = chase_fx.trace(model, sequence(8))
+    channels = chase_fx.analyze(traced)
+    first = next(group for group in channels.groups if group.size == 4)
+    slim = chase_fx.rewrite(traced, channels.plan_keeping({first.name: torch.arange(4) < 2}))
+    chase_fx.verify(traced, slim)
+    before = slim(sequence(8))
+    with pytest.raises(OtherSizeError, match=r"test_variants\.py:\d+"):
+        slim(sequence(5))
+    assert torch.equal(slim(sequence(8)), before)
+
+
 def test_what_the_model_can_not_do_is_refused() -> None:
     """With the model's own error."""
 
