@@ -34,10 +34,11 @@ from chase_fx.graphs.merge import merge, share_constants, share_rebuilds
 from chase_fx.graphs.modes import FLAG, TrainingFlag, has_own_train, modes_by_train
 from chase_fx.graphs.precision import Change, apply_changes, compare, in_precision, may_follow, other_precision
 from chase_fx.graphs.provenance import tell_data_from_sizes
-from chase_fx.graphs.recapture import Recapture
+from chase_fx.graphs.recapture import Recapture, written
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.remembered import Attributes, decides_by_memory, remade
 from chase_fx.graphs.traced import TracedModule, TraceInfo, decides_by_sizes
+from chase_fx.graphs.variants import Variants
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function, functions
 
@@ -126,9 +127,6 @@ def trace(
             again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
-    for each, of in zip((graph, train_graph), captures, strict=False):
-        if each is not None:
-            tell_data_from_sizes(each, of.tape)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     read = [*specialised, *recorder.decided, *(train[2].decided if train is not None else ())]
     if read:
@@ -155,9 +153,23 @@ def trace(
         reads=recorder.reads,
         modes=modes_by_train(copy_of(model)) if has_own_train(model) else {},
     )
-    traced = TracedModule.build(root, graph, train_graph, info, type(model).__name__)
+    return _built(root, (graph, train_graph), info, model, partial(trace, leaves=leaves, whole=whole))
+
+
+def _built(
+    root: nn.Module,
+    graphs: tuple[Graph, Graph | None],
+    info: TraceInfo,
+    model: nn.Module,
+    again: Callable[..., TracedModule],
+) -> TracedModule:
+    """The module, with the means to capture again where a graph refuses sizes."""
+    for graph, capture in zip(graphs, info.captures, strict=False):
+        if graph is not None:
+            tell_data_from_sizes(graph, capture.tape)
+    traced = TracedModule.build(root, *graphs, info, info.model)
     if any(map(decides_by_sizes, traced.graphs())):
-        traced.variants.recapture = Recapture(partial(trace, leaves=leaves, whole=whole), model)
+        traced.variants = Variants(Recapture(again, model), written(info, "parameter"))
     return traced
 
 

@@ -11,7 +11,7 @@ import torch
 
 from chase_fx.errors import ArgumentError, CheckpointError, PlanMismatchError
 
-__all__ = ["PruningPlan"]
+__all__ = ["Indices", "PruningPlan"]
 
 Indices = tuple[torch.Tensor | None, ...]
 _FORMAT = "chase-fx-plan-1"

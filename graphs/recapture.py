@@ -5,7 +5,8 @@ The first capture keeps a copy of the model without values. With the module's te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +20,11 @@ from chase_fx.graphs.duplicate import copied, duplicate
 from chase_fx.graphs.modes import FLAG, TrainingFlag
 from chase_fx.graphs.opaque import Rebuild
 from chase_fx.graphs.shadows import given_path
-from chase_fx.graphs.traced import TracedModule, capture_of, forward_of
+from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of, forward_of
 from chase_fx.graphs.variants import Variant
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 
-__all__ = ["Recapture", "added", "calls_of", "move_in", "state_of"]
+__all__ = ["Recapture", "added", "calls_of", "check_state", "move_in", "state_of", "variant_of", "written"]
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -49,8 +50,7 @@ class Recapture:
         traced = self.capture(state_of(module), args, kwargs)
         with added(module) as names:
             flag = move_in(module, traced)
-        forward = forward_of(traced.graphs(), capture_of(traced).train_error, flag)
-        return Variant(forward, tuple(names), calls_of(traced.graphs()))
+        return variant_of(traced, traced.graphs(), flag, names)
 
     def capture(
         self, tensors: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -72,7 +72,41 @@ class Recapture:
             if isinstance(blank, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             memo[id(blank)] = new
-        return self._trace(duplicate(self._model, memo), args, kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say was said at the first capture
+            traced = self._trace(duplicate(self._model, memo), args, kwargs)
+        check_state(traced)
+        return traced
+
+
+def variant_of(traced: TracedModule, graphs: Sequence[Graph], flag: str, names: Sequence[str]) -> Variant:
+    """``graphs``, which were made of those of ``traced``, as other graphs of the module that they were moved into."""
+    info = capture_of(traced)
+    forward = forward_of(graphs, info.train_error, flag)
+    return Variant(forward, tuple(names), calls_of(graphs), written(info, "parameter"), ())
+
+
+def written(info: TraceInfo, kind: str) -> frozenset[str]:
+    """The tensors of the model of one kind that a forward writes to, by a call that says so."""
+    found: set[str] = set()
+    for capture in info.captures:
+        ops = [op for op in capture.tape.ops if op.op._schema.is_mutable]
+        storages = {op.outs[0].storage for op in ops if op.outs}
+        found |= {str(s.name) for s in capture.tape.slots if s.kind == kind and s.storage in storages}
+    return frozenset(found)
+
+
+def check_state(traced: TracedModule) -> None:
+    """Refuses state in tensors that are not registered: each graph has those as constants of its own.
+
+    Raises:
+        CaptureError: a forward writes to such a tensor.
+    """
+    if names := written(capture_of(traced), "constant"):
+        raise CaptureError(
+            f"the forward writes to a tensor that the model has not registered ({', '.join(sorted(names))}), which one "
+            "graph would not share with another; make it a buffer"
+        )
 
 
 def calls_of(graphs: Iterable[Graph]) -> frozenset[str]:

@@ -22,6 +22,7 @@ from chase_fx.graphs.pickling import FlatGraph, flatten, restore
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
 from chase_fx.graphs.variants import Forward, Variants, by_sizes
+from chase_fx.graphs.walk import modules_of, parameters_in
 
 if TYPE_CHECKING:
     from chase_fx.graphs.plan import PruningPlan
@@ -110,6 +111,8 @@ class TracedModule(GraphModule):
         """Regenerate ``forward`` from the graphs. Graphs for other sizes are those of the graph before, and go."""
         with nested_code(self.graph):
             code = super().recompile()
+        if "variants" in self.__dict__:
+            self.variants.forget(self)
         self.__dict__["variants"] = Variants()
         cls = type(self)
         error = self.info.train_error if self.info is not None else None
@@ -127,6 +130,14 @@ class TracedModule(GraphModule):
             set_modes(self, self.info.modes[mode])
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Graphs for other sizes belong to a precision, for a model may decide by it."""
+        before = [p.dtype for p in parameters_in(modules_of(self)).values()] if self.variants.others else []
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.variants.others and before != [p.dtype for p in parameters_in(modules_of(self)).values()]:
+            self.variants.forget(self)
+        return self
+
     def get_submodule(self, target: str) -> nn.Module:
         """The model's own submodule of that name."""
         return super().get_submodule(graph_path(target))
@@ -137,8 +148,11 @@ class TracedModule(GraphModule):
 
     def __reduce__(self) -> Any:
         train = flatten(self.train_graph) if self.train_graph is not None else None
+        others = self.variants.names()
         state = {name: self.__dict__[name] for name in _MODULE_STATE}
-        extras = {"plan": self.plan, "meta": dict(self.meta), "variants": Variants(self.variants.recapture)}
+        for name in ("_buffers", "_modules"):
+            state[name] = {key: value for key, value in state[name].items() if key not in others}
+        extras = {"plan": self.plan, "meta": dict(self.meta), "variants": self.variants}
         return _unpickle, (state, (flatten(self.graph), train), self.info, type(self).__name__, extras)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:

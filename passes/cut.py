@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from chase_fx.graphs.axes import Atom, Axis, keep_mask
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.deadcode import remove_dead_nodes
-from chase_fx.graphs.plan import PruningPlan
+from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule
@@ -35,6 +35,11 @@ LabelsOf = Callable[[Node], Labels | None]
 class Cut:
     """A plan, and the analysis of the capture that it is applied to.
 
+    Args:
+        channels: the analysis.
+        plan: for the same tensors.
+        unused: tensors that nothing is computed with, which may be cut in any way.
+
     Attributes:
         kept: kept indices of every tensor that changes, constants of the forward included.
 
@@ -42,12 +47,14 @@ class Cut:
         PlanMismatchError: the plan keeps other indices of some tensor than those that it is coupled with allow.
     """
 
-    def __init__(self, channels: ChannelGraph, plan: PruningPlan) -> None:
+    def __init__(self, channels: ChannelGraph, plan: PruningPlan, *, unused: Collection[str] = ()) -> None:
         self._channels = channels
         self._masks = channels.masks_of(plan)
         by_name = {g.name: torch.from_numpy(self._masks[g.atom]) for g in channels.groups if g.atom in self._masks}
         self.kept = channels.keep(by_name)
-        _check_consistent(plan, {n: k for n, k in self.kept.items() if n not in channels.info.constants})
+        ignored = channels.info.constants.union(unused)
+        planned, implied = ({n: k for n, k in d.items() if n not in ignored} for d in (plan.pruned, self.kept))
+        _check_consistent(plan.shapes, planned, implied)
         counts = {atom: int(mask.sum()) for atom, mask in self._masks.items()}
         self._counts = Counts(channels.labelling.axes, counts)
 
@@ -65,10 +72,12 @@ class Cut:
         ]
 
 
-def _check_consistent(plan: PruningPlan, complete: dict[str, tuple[torch.Tensor | None, ...]]) -> None:
-    for name in {**plan.pruned, **complete}:
-        rank = len(plan.shapes[name])
-        planned, implied = plan.pruned.get(name, (None,) * rank), complete.get(name, (None,) * rank)
+def _check_consistent(
+    shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Indices], complete: Mapping[str, Indices]
+) -> None:
+    for name in {**plan, **complete}:
+        rank = len(shapes[name])
+        planned, implied = plan.get(name, (None,) * rank), complete.get(name, (None,) * rank)
         for dim, (a, b) in enumerate(zip(planned, implied, strict=True)):
             same = (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
             if not same:
@@ -83,6 +92,8 @@ class _Places:
     def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
         self._root, self._masks = root, masks
         self._names: dict[bytes, str] = {}
+        devices = {p.device for p in root.parameters()} - {torch.device("meta")}
+        self._device = devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def __call__(self, axis: Axis) -> str:
         """The name of the buffer with the kept indices of ``axis``."""
@@ -93,7 +104,8 @@ class _Places:
             taken = self._root._buffers
             name = next(n for k in range(len(taken) + 1) if (n := f"_chase_kept_{k}") not in taken)
             self._names[mask.tobytes()] = name
-            self._root.register_buffer(name, torch.from_numpy(np.flatnonzero(mask)), persistent=False)
+            kept = torch.from_numpy(np.flatnonzero(mask)).to(self._device)
+            self._root.register_buffer(name, kept, persistent=False)
         return name
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from chase_fx.errors import ArgumentError, PlanMismatchError
+from chase_fx.errors import PlanMismatchError
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.outputs import select_outputs
 from chase_fx.graphs.plan import PruningPlan
-from chase_fx.graphs.recapture import Recapture, added, calls_of, move_in, state_of
+from chase_fx.graphs.recapture import Recapture, added, calls_of, move_in, state_of, variant_of
 from chase_fx.graphs.rules import DEFAULT_RULES
-from chase_fx.graphs.traced import TracedModule, capture_of, forward_of
+from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
 from chase_fx.graphs.variants import Variant
 from chase_fx.passes.cut import Cut
 from chase_fx.passes.modules import slice_tensor
@@ -53,29 +53,36 @@ class SlimRecapture:
         info = capture_of(traced)
         if {n: s for n, s in info.structure.items() if n not in info.constants} != dict(plan.shapes):
             raise PlanMismatchError("the model has other parameters and buffers than when the plan was made")
-        cut = Cut(analyze(traced, self._outputs, rules=self._rules or DEFAULT_RULES), plan)
+        cut = Cut(analyze(traced, self._outputs, rules=self._rules or DEFAULT_RULES), plan, unused=_unused(info))
         for name in info.constants & cut.kept.keys():
             traced._buffers[name] = slice_tensor(traced.get_buffer(name), cut.kept[name])
         with added(module) as names:
             flag = move_in(module, traced)
             called = calls_of(module.graphs()).union(*(variant.calls for variant in module.variants.others))
             graphs = cut.graphs(traced, module, map(module.get_submodule, called))
-        return Variant(forward_of(graphs, info.train_error, flag), tuple(names), calls_of(graphs))
+        return variant_of(traced, graphs, flag, names)
+
+
+def _unused(info: TraceInfo) -> frozenset[str]:
+    """The tensors of the model that these captures don't read: whatever was removed from them does not matter."""
+    read = {leaf.slot.name for capture in info.captures for leaf in capture.outputs}
+    read |= {slot.name for capture in info.captures for op in capture.tape.ops for slot in op.inputs()}
+    return frozenset(info.structure) - read - info.aliases.keys() - set(info.aliases.values())
 
 
 def _grown(tensors: Mapping[str, torch.Tensor], plan: PruningPlan) -> dict[str, torch.Tensor]:
     """The tensors in their dense shapes."""
     grown = dict(tensors)
     for name, kept in plan.pruned.items():
-        tensor = tensors[name].detach()
-        if tensor.shape != plan.new_shape(name):
-            raise ArgumentError(
-                f"'{name}' has shape {tuple(tensor.shape)}, but {plan.new_shape(name)} by the plan of the module"
-            )
+        found = tensors.get(name)
+        if found is None or found.shape != plan.new_shape(name):
+            what = "gone" if found is None else f"of shape {tuple(found.shape)}"
+            raise PlanMismatchError(f"'{name}' is {what}, and should be {plan.new_shape(name)} by the module's plan")
+        tensor = found.detach()
         for dim, indices in enumerate(kept):
             if indices is not None:
                 shape = [*tensor.shape]
                 shape[dim] = plan.shapes[name][dim]
                 tensor = tensor.new_zeros(shape).index_copy(dim, indices.to(tensor.device), tensor)
-        grown[name] = tensor.requires_grad_(tensors[name].requires_grad)
+        grown[name] = tensor.requires_grad_(found.requires_grad)
     return grown

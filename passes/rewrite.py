@@ -47,6 +47,8 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     cut = Cut(channels, plan)
     root = nn.Module()
     root.__dict__.update(slim_tree(traced, cut.kept))
+    for name in traced.variants.names():
+        delattr(root, name)
     for module in root.modules():
         resize(module, info.leaves)
     graphs = cut.graphs(traced, root)
