@@ -94,6 +94,14 @@ class GraphShrinker:
         module.__dict__["train_graph"] = slim.train_graph
         module.graph = slim.graph
         module.variants.recapture = slim.variants.recapture
+        own = {name for name, _ in self._skeleton.named_buffers(recurse=False)}
+        for name, _ in list(module.named_buffers(recurse=False)):
+            if name not in own:
+                delattr(module, name)  # places that an earlier cut kept
+        device = next(module.parameters()).device
+        for name, buffer in slim.named_buffers(recurse=False):
+            if name not in own:
+                module.register_buffer(name, buffer.to(device), persistent=False)
 
 
 _KEPT = "chase_fx.kept"

@@ -379,8 +379,11 @@ class Arguments:
             node.meta["slot"] = slot
             self._inputs[node] = value.dim()
         elif isinstance(value, (tuple, list, dict)):
-            number = self.call(len, (node,), plain=True)  # the graph has a node for each item, and would ignore others
-            self.call(guard, (number, len(value), f"len({path})"), plain=True)
+            # The graph has a node for each item, and would ignore others; a forward may go through a dict in its order.
+            count: Any = len if not isinstance(value, dict) else sorted if str(node.target).startswith("**") else list
+            self.call(
+                guard, (self.call(count, (node,), plain=True), count(value), f"{count.__name__}({path})"), plain=True
+            )
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 found = self.call(operator.getitem, (node, key), plain=True)
                 self.bind_input(item, found, f"{path}[{key!r}]", guard)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -124,8 +125,46 @@ def add_inputs(
             elif given:
                 kwargs[name] = value
     for value, node, name in nodes:
+        _refuse_objects(value, name)
         arguments.bind_input(value, node, name, guard)
     return tuple(args), kwargs
+
+
+def _refuse_objects(value: Any, path: str) -> None:
+    """Tensors inside of objects that nobody takes apart would be constants of the graph.
+
+    Raises:
+        CaptureError: there are some.
+    """
+    if isinstance(value, (tuple, list)):
+        for k, item in enumerate(value):
+            _refuse_objects(item, f"{path}[{k}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_objects(item, f"{path}[{key!r}]")
+    elif (
+        not isinstance(value, (torch.Tensor, type)) and not dataclasses.is_dataclass(value) and _hides_tensor(value, 4)
+    ):
+        raise CaptureError(
+            f"argument '{path}' is a {type(value).__name__} that holds tensors, which is no input that a graph "
+            "can take; pass them as tensors, or in tuples, lists, dicts or dataclasses"
+        )
+
+
+def _hides_tensor(value: Any, depth: int) -> bool:
+    """Whether there is a tensor among the attributes of an object, and of what these hold."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if not depth or isinstance(value, (type, nn.Module)):
+        return False
+    inside: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, (tuple, list, set)):
+        inside = value
+    elif hasattr(value, "__dict__") and not callable(value):
+        inside = vars(value).values()
+    return any(_hides_tensor(item, depth - 1) for item in inside)
 
 
 def _fresh(value: Any, blank: Blank | None) -> Any:

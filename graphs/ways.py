@@ -97,8 +97,9 @@ def decide(first: Recorder, capture: Capture, pool: Pool) -> Decided:
     Raises:
         OtherStructureError: the ways don't join again, or can't be told apart.
     """
-    usual = read(first, pool)
-    return Decided(usual, _Finder(capture, pool, 16 + 3 * len(first.decisions)).among(usual, 0, len(usual.steps)))
+    usual, draws = read(first, pool), len(first.decisions)
+    limit = min(16 + 3 * draws, 24 + draws)  # each overlap doubles the ways of what is inside: many are found out early
+    return Decided(usual, _Finder(capture, pool, limit).among(usual, 0, len(usual.steps)))
 
 
 class _Finder:

@@ -67,7 +67,7 @@ def test_another_number_of_inputs_is_refused(
     Model.forward = forward
     traced = chase_fx.trace(Model().double(), example)
     assert torch.isfinite(traced(*example)).all()
-    with pytest.raises(ArgumentError, match="len"):
+    with pytest.raises(ArgumentError, match=r"len|list"):
         traced(*more)
 
 
@@ -102,3 +102,42 @@ def test_weights_that_were_just_computed() -> None:
     x = torch.randn(2, 3, 9, dtype=torch.float64)
     assert torch.allclose(chase_fx.trace(model, x)(x), model(x), rtol=0, atol=1e-12)
     assert chase_fx.prune(model, x).get_parameter("0.weight_v").shape == (4, 3, 3)
+
+
+def test_objects_that_hold_tensors_are_no_inputs() -> None:
+    """Their tensors would be constants of the graph."""
+
+    class Cache:
+        def __init__(self, keys: Tensor) -> None:
+            self.layers = [{"keys": keys}]
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 8)
+
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            return torch.cat([cache.layers[0]["keys"], self.a(x)], 1)
+
+    with pytest.raises(CaptureError, match="'cache' is a Cache that holds tensors"):
+        chase_fx.trace(Cached(), (torch.randn(2, 4, 4), Cache(torch.randn(2, 5, 8))))
+
+
+def test_the_order_of_a_dict_is_part_of_the_graph() -> None:
+    """A forward may go through its values; one that takes keyword arguments gets them in any order."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 8)
+
+        def forward(self, d: dict[str, Tensor], **more: Tensor) -> Tensor:
+            return torch.cat([self.a(v) for v in d.values()], 1) + more["p"] - more["q"]
+
+    x, y, p, q = torch.randn(4, 2, 3, 4).unbind()
+    p, q = p.repeat(1, 1, 2)[:, :1], q.repeat(1, 1, 2)[:, :1]
+    traced = chase_fx.trace(Joined(), ({"x": x, "y": y},), {"p": p, "q": q})
+    assert torch.equal(traced({"x": x, "y": y}, q=q, p=p), traced({"x": x, "y": y}, p=p, q=q))
+    for other in ({"y": y, "x": x}, {"x": x}, {"x": x, "z": y}):
+        with pytest.raises(ArgumentError, match="trace again"):
+            traced(other, p=p, q=q)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import chase_fx
 from chase_fx.errors import OtherPathError, OtherSizeError
 from chase_fx.graphs.traced import TracedModule
+from chase_fx.training import GraphShrinker
 from tests.oracle import assert_exact, randomise
 
 
@@ -131,6 +136,147 @@ def test_inputs_written_to() -> None:
         assert torch.equal(x, y)
 
 
+def test_parameters_written_to() -> None:
+    """A parameter that the forward writes to before the size decides is written once."""
+
+    class Decaying(Net):
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                self.first.weight.mul_(0.5)
+            return super().forward(x)
+
+    model = Decaying(branch).double().eval()
+    traced = chase_fx.trace(model, sequence(8))
+    traced.load_state_dict(model.state_dict())
+    for length in (8, 5, 5, 8):
+        assert torch.equal(traced(sequence(length)), model(sequence(length)))
+
+
+def test_state_that_is_not_registered_is_not_forked() -> None:
+    """Each graph would count for itself."""
+
+    class Counts(Net):
+        def __init__(self, rule: Callable[[Net, Tensor], Tensor]) -> None:
+            super().__init__(rule)
+            self.count = [torch.zeros((), dtype=torch.float64)]
+
+        def forward(self, x: Tensor) -> Any:
+            self.count[0].copy_(self.count[0] + 1)
+            return super().forward(x * self.count[0])
+
+    traced = chase_fx.trace(Counts(branch).double().eval(), sequence(8))
+    with pytest.raises(OtherSizeError, match="make it a buffer"):
+        traced(sequence(5))
+
+
+def test_a_decision_by_precision() -> None:
+    """A graph that was captured in one precision does not serve another."""
+
+    def clamped(net: Net, y: Tensor) -> Tensor:
+        y = net.other(y)
+        if y.shape[1] < 6 and y.dtype == torch.float32:
+            y = y.clamp(-0.01, 0.01)
+        return y
+
+    model = model_of(clamped)
+    traced = chase_fx.trace(model, sequence(8))
+    traced.float()(sequence(5).float())
+    assert others(traced) == 1
+    traced.double().load_state_dict(model.state_dict())
+    assert others(traced) == 0
+    assert torch.equal(traced(sequence(5)), model(sequence(5)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inside_a_checkpoint(reentrant: bool) -> None:
+    """What is saved for the backward pass is that of one graph."""
+    model = model_of(branch)
+    traced = chase_fx.trace(model, sequence(8))
+    gradients = []
+    for module in (model, traced):
+        x = sequence(5).requires_grad_()
+        out: Any = checkpoint(module, x, use_reentrant=reentrant)
+        out.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_first_met_in_inference_mode() -> None:
+    """What a graph holds for itself can be trained with later."""
+
+    def tabled(net: Net, y: Tensor) -> Tensor:
+        return branch(net, y) * torch.tensor([1.0, 2.0] * 6, dtype=y.dtype)
+
+    slim = chase_fx.prune(model_of(tabled), sequence(8))
+    with torch.inference_mode():
+        slim(sequence(5))
+    slim(sequence(5)).sum().backward()
+    assert slim.get_parameter("first.weight").grad is not None
+
+
+def test_inputs_of_any_kind() -> None:
+    """NaN and expanded inputs are compared as they are."""
+    model = model_of(branch)
+    traced = chase_fx.trace(model, sequence(8))
+    x = torch.full((1, 1, 4), float("nan"), dtype=torch.float64).expand(2, 5, 4)
+    assert traced(x).isnan().all()
+    assert traced(x.contiguous().requires_grad_()).isnan().all()
+
+
+def test_no_warning_at_a_call() -> None:
+    """What a capture has to say was said by the first one."""
+
+    def reading(net: Net, y: Tensor) -> Tensor:
+        return branch(net, y) * float(net.norm.eps + y.sum().item() * 0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = chase_fx.trace(model_of(reading), sequence(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traced(sequence(5))
+
+
+def test_threads() -> None:
+    """Lengths that several threads meet first."""
+    model = model_of(loop)
+    traced = chase_fx.trace(model, sequence(8))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda n: traced(sequence(n)), (3, 4, 5, 3, 4, 5, 8)))
+    for n, out in zip((3, 4, 5, 3, 4, 5, 8), found, strict=True):
+        assert torch.equal(out, model(sequence(n)))
+    assert torch.equal(traced(sequence(4)), model(sequence(4)))
+
+
+def test_nothing_is_left_behind() -> None:
+    """Rewritten and unpickled modules hold nothing for graphs that they don't have."""
+
+    def tabled(net: Net, y: Tensor) -> Tensor:
+        return loop(net, y) * torch.tensor([1.0, 2.0] * 6, dtype=y.dtype)
+
+    traced = chase_fx.trace(model_of(tabled), sequence(8))
+    names = {name for name, _ in (*traced.named_buffers(), *traced.named_modules())}
+    traced(sequence(5))
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan_keeping({}))
+    again = pickle.loads(pickle.dumps(traced))
+    for module in (slim, again):
+        assert {name for name, _ in (*module.named_buffers(), *module.named_modules())} == names
+    traced.recompile()
+    assert {name for name, _ in (*traced.named_buffers(), *traced.named_modules())} == names
+
+
+def test_layers_that_the_other_code_leaves_out() -> None:
+    """What the plan removed from them does not matter."""
+
+    def skipping(net: Net, y: Tensor) -> Tensor:
+        return y if y.shape[1] < 6 else y + net.other(y)
+
+    model = model_of(skipping)
+    slim = chase_fx.prune(model, sequence(8))
+    for length in (8, 5):
+        assert_exact(model, slim, (sequence(length),))
+
+
 def test_copies_and_precision() -> None:
     """Graphs for other sizes go along with copies, precision and loaded weights."""
     model = model_of(branch)
@@ -170,8 +316,6 @@ def test_live_shrink() -> None:
     channels = chase_fx.analyze(traced)
     plan = channels.plan(0.5)
     slim = chase_fx.rewrite(traced, plan)
-    from chase_fx.training import GraphShrinker
-
     shrink = GraphShrinker(traced, channels)
     masks = channels.masks_of(plan)
     kept = {g.name: torch.from_numpy(masks[g.atom]) for g in channels.groups if g.atom in masks}
@@ -182,6 +326,29 @@ def test_live_shrink() -> None:
     for length in (8, 5, 3):
         assert torch.equal(traced.eval()(sequence(length)), slim.eval()(sequence(length)))
         assert_exact(model, traced, (sequence(length),))
+
+
+def test_live_shrink_of_numbered_channels() -> None:
+    """The slim graph takes the places that stay from a buffer, which comes along."""
+
+    def numbered(net: Net, y: Tensor) -> Tensor:
+        return net.other(y * torch.arange(12, dtype=y.dtype))
+
+    model = model_of(numbered)
+    traced = chase_fx.trace(model, sequence(8))
+    channels = chase_fx.analyze(traced)
+    shrink = GraphShrinker(traced, channels)
+    dense = chase_fx.trace(model, sequence(8))
+    groups = chase_fx.analyze(dense)
+    for share in (0.25, 0.5):
+        plan = groups.plan(share)
+        masks = groups.masks_of(plan)
+        slim = chase_fx.rewrite(dense, plan)
+        assert [name for name, _ in slim.named_buffers() if "kept" in name]
+        for name, parameter in traced.named_parameters():
+            parameter.data = slim.get_parameter(name).data.clone()
+        shrink(traced, {g.name: torch.from_numpy(masks[g.atom]) for g in groups.groups if g.atom in masks})
+        assert torch.equal(traced.eval()(sequence(8)), slim.eval()(sequence(8)))
 
 
 def mixing(net: Net, y: Tensor) -> Tensor:
