@@ -45,6 +45,8 @@ def complaints(record: Record) -> list[str]:
         found.append(f"the oracle differs: {record.get('oracle 0.5')}; {record.get('oracle 0.9')}")
     if record.get("batch") not in ("ok", "fixed", None) and not record["batch"].startswith("refused"):
         found.append(f"another batch size: {record['batch']}")
+    if record.get("size", "ok").startswith(("traced differs", "slim differs", "fails")):
+        found.append(f"another size: {record['size']}")
     if not record.get("train", "ok").startswith(("ok", "refused: ", "the model itself: ")):
         found.append(f"train mode: {record['train']}")
     if not record.get("untouched", True):
