@@ -287,12 +287,6 @@ def _select(site: CallSite) -> None:
         site.set(2, "index", site.counts.before(axis, fixed_value(site, index) % axis.size))
 
 
-def _triangle(site: CallSite) -> None:
-    labels = site.labels(site.arg(0, "input"))
-    if labels is not None and site.counts.any_live(labels):
-        fixed_value(site, site.arg(1, "diagonal", 0))
-
-
 def _squeeze(site: CallSite) -> None:
     """A dim of channels stays a dim, also where the plan leaves one of them."""
     labels = site.labels(site.arg(0, "input"))
@@ -384,7 +378,6 @@ CALLS: dict[str, Handler] = {
     "select": _select,
     **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
     "slice": _cut,
-    **dict.fromkeys(("tril", "triu", "tril_", "triu_"), _triangle),
     "unflatten": _unflatten,
     **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _normalized_shape),

@@ -27,7 +27,6 @@ STEPS: dict[str, Step] = {
     "narrow": lambda y, n: y.narrow(1, n, 2).sum(1, keepdim=True),
     "split": lambda y, n: y.split([n, y.shape[1] - n], 1)[0].sum(1, keepdim=True),
     "chunks": lambda y, n: y.split(n, 1)[1].sum(1, keepdim=True),
-    "triangle": lambda y, n: (y[:, :, :1, 0] * y[:, None, :, 0, 1]).triu(n - 3).sum((1, 2))[:, None, None, None],
     "pad": lambda y, n: F.pad(y, (0, 0, 0, 0, n, 0))[:, 4:10].sum(1, keepdim=True),
 }
 

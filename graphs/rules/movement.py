@@ -338,18 +338,10 @@ def diagonal_embedding(op: LabelledOp) -> Labels:
 
 
 def triangle(op: LabelledOp) -> Labels:
-    """``tril``, ``triu``: what is above the middle diagonal of a square stays above it where rows go with columns.
-
-    The triangle with or without this diagonal; one that begins elsewhere is cut by distance, so that both are frozen.
-    """
+    """``tril``, ``triu``: rows and columns are matched by place, so the last two dims are frozen."""
     labels = op[op.arg(0, "self")]
-    rows, columns = labels[-2:]
-    beside = 1 if "triu" in op.name else -1
-    if rows.size == columns.size and int(op.arg(1, "diagonal", 0)) in (0, beside):
-        op.tie(rows, columns)
-    else:
-        for axis in (rows, columns):
-            op.freeze(axis, "a triangle is cut out of it")
+    for axis in labels[-2:]:
+        op.freeze(axis, "a triangle is cut out of it")
     return labels
 
 
