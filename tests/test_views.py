@@ -54,3 +54,26 @@ def test_views_across_space_hold_at_every_size(step: Callable[[Tensor], Tensor],
     slim = chase_fx.prune(net, x).eval()
     assert slim.get_parameter("b.weight").shape[0] == kept
     assert_exact(net, slim, (larger,))
+
+
+@pytest.mark.parametrize("length", [4, 8, 12])
+def test_a_product_of_channels_and_rows_is_not_taken_apart_the_other_way(length: int) -> None:
+    """A view that cuts rows keeps the channels whole; one that reads the product as rows of channels mixes them."""
+
+    def patches(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        n, c, size = y.shape
+        return m.out(y.reshape(n * c * (size // 4), 4).cumsum(1).reshape(n, c, size).mean(2))
+
+    def mixed(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        n, c, size = y.shape
+        return m.out(y.reshape(n, size // 4 * c, 4).sum(2).view(n, size // 4, c))
+
+    torch.manual_seed(0)
+    x, larger = (torch.randn(n, 3, s, dtype=torch.float64) for n, s in ((2, 8), (3, length)))
+    for forward, kept in ((patches, 4), (mixed, 8)):
+        net = randomise(Net(forward, a=nn.Conv1d(3, 8, 1), b=nn.Conv1d(8, 8, 1), out=nn.Linear(8, 2)), (x,))
+        slim = chase_fx.prune(net, x).eval()
+        assert slim.get_parameter("b.weight").shape[0] == kept
+        assert_exact(net, slim, (larger,))

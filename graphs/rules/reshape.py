@@ -6,10 +6,11 @@ a block with several output dims is factored. What is a product twice is refined
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from chase_fx.graphs.axes import Axis, Prod, atoms_of
+from chase_fx.graphs.axes import Axis, Prod, atoms_of, resolve
 from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
@@ -45,10 +46,11 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     live_in, live_out = ([d for d, axis in enumerate(labels) if any(atoms_of(axis))] for labels in (before, after))
     if not live_in or not live_out:
         return False
-    for dims, ends in _blocks([axis.size for axis in before], op.out.shape):
-        if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, before, dims, ends):
+    parts = [part for axis in before for part in _parts(op, axis)]
+    for dims, ends in _blocks([axis.size for axis in parts], op.out.shape):
+        if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, parts, dims, ends):
             continue
-        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(before[dim])]
+        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(parts[dim])]
         if any(found is not None and True not in found for found in (read[d] for d in covering)):
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
@@ -58,7 +60,17 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     return lead_in > lead_out and tail_out > tail_in == 0
 
 
-def _cut_in_space(op: LabelledOp, before: Labels, dims: list[int], ends: list[int]) -> bool:
+def _parts(op: LabelledOp, axis: Axis) -> Iterator[Axis]:
+    """What an earlier view made a dim of, channels and space apart: taken apart again, it may tear them too."""
+    axis = resolve(axis)
+    if not isinstance(axis, Prod) or not any(map(op.is_space, axis.factors)):
+        yield axis
+        return
+    for _, factors in itertools.groupby(axis.factors, op.is_space):
+        yield resolve(Prod(factors))
+
+
+def _cut_in_space(op: LabelledOp, before: Sequence[Axis], dims: list[int], ends: list[int]) -> bool:
     """Whether the first or the last size holds all channels of a block whole, so that only space is cut.
 
     ``(N, C, H)`` viewed as ``(N * C * n, k)`` cuts H alone, for whatever number n is.
