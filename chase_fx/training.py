@@ -93,7 +93,7 @@ class GraphShrinker:
         module.__dict__["plan"] = plan
         module.__dict__["train_graph"] = slim.train_graph
         module.graph = slim.graph
-        module.variants.recapture = slim.variants.recapture
+        module.variants = slim.variants
         own = {name for name, _ in self._skeleton.named_buffers(recurse=False)}
         for name, _ in list(module.named_buffers(recurse=False)):
             if name not in own:

@@ -95,7 +95,7 @@ class Recorder(Inside):
         """Record everything inside the block."""
         training, self.modes = {id(m): m.training for _, m in self.modules}, {n: m.training for n, m in self.modules}
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
-        for module in hidden:  # so that reading self.training comes through __getattr__ and is noticed
+        for _, module in self.modules:  # so that reading a mode comes through __getattr__ and is noticed
             module.__dict__.pop("training", None)
         draws = self.draw_patches()
         replaced = [
@@ -206,7 +206,7 @@ class Recorder(Inside):
                 self._need_values(args, kwargs)
             own = self.draws_itself() if type(module) in self.leaves else nullcontext()
             with own:
-                out, start = self._run_leaf(module, original, args, kwargs)
+                out, start = self._run_leaf(module, original, args, kwargs, self._given.mode(module))
             by_mode = type(module) in self.leaves or isinstance(module, (_DropoutNd, nn.RReLU))
             return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=by_mode)
         if may_be_leaf(module) and stays and len(args) >= 1 and isinstance(args[0], torch.Tensor):
@@ -226,11 +226,17 @@ class Recorder(Inside):
         return original(module, *args, **kwargs)
 
     def _run_leaf(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, mode: bool | None = None
     ) -> tuple[Any, int]:
         start = len(self.tape.ops)
-        with self._paused(), torch._C.DisableTorchFunction():
-            return original(module, *args, **kwargs), start
+        if mode is not None:  # which its own code may read
+            module.__dict__["training"] = mode
+        try:
+            with self._paused(), torch._C.DisableTorchFunction():
+                return original(module, *args, **kwargs), start
+        finally:
+            if mode is not None:
+                module.__dict__.pop("training", None)
 
     def _record_leaf(
         self,

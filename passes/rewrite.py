@@ -11,6 +11,7 @@ from chase_fx.graphs.inference import normal_tensors
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.recapture import Recapture
 from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.graphs.variants import Variants
 from chase_fx.passes.cut import Cut
 from chase_fx.passes.modules import resize, slim_tree
 from chase_fx.passes.recapture import SlimRecapture
@@ -55,7 +56,7 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     slim = TracedModule.build(root, graphs[0], graphs[1] if len(graphs) > 1 else None, info, info.model)
     slim.__dict__["plan"] = plan
     if isinstance(traced.variants.recapture, Recapture):
-        slim.variants.recapture = SlimRecapture(traced.variants.recapture, channels)
+        slim.variants = Variants(SlimRecapture(traced.variants.recapture, channels), traced.variants.writes)
     for graph in slim.graphs():
         graph.lint()
     return slim

@@ -140,3 +140,31 @@ def test_modes_compile() -> None:
     torch.compiler.reset()
     compiled = torch.compile(traced, fullgraph=True, backend="eager")
     assert torch.equal(compiled(X), traced(X))
+
+
+@pytest.mark.parametrize("kind", ["branch", "dropout", "norm"])
+def test_the_mode_of_a_layer_that_its_parent_reads(kind: str) -> None:
+    """A layer that stays a call of the graph has a mode that the code around it may decide by."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c, self.drop, self.bn = nn.Linear(4, 6), nn.Linear(6, 2), nn.Dropout(0.4), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if kind == "branch" and self.drop.training:
+                y = y.tanh()
+            if kind == "norm":
+                bn = self.bn
+                y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training)
+            return self.c(F.dropout(y, 0.5, self.drop.training) if kind == "dropout" else self.drop(y))
+
+    model, x = Reads().double(), torch.randn(5, 4, dtype=torch.float64)
+    traced = chase_fx.trace(model, x)
+    for mode in (True, False):
+        results = []
+        for module in (model.train(mode), traced.train(mode)):
+            torch.manual_seed(0)
+            results.append(module(x))
+        assert torch.equal(*results)

@@ -150,6 +150,10 @@ def test_parameters_written_to() -> None:
     traced.load_state_dict(model.state_dict())
     for length in (8, 5, 5, 8):
         assert torch.equal(traced(sequence(length)), model(sequence(length)))
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    before = slim.get_parameter("first.weight").detach().clone()
+    slim(sequence(5))
+    assert torch.equal(slim.get_parameter("first.weight"), before / 2)
 
 
 def test_state_that_is_not_registered_is_not_forked() -> None:
