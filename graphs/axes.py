@@ -75,13 +75,18 @@ class Atom(Axis):
 
 
 class Fixed(Axis):
-    """An axis that keeps all of its indices, and why."""
+    """An axis that keeps all of its indices, and why; ``frozen`` where the model's own units were free before."""
 
-    __slots__ = ("cause",)
+    __slots__ = ("cause", "frozen")
 
-    def __init__(self, size: int, cause: Cause) -> None:
+    def __init__(self, size: int, cause: Cause, *, frozen: bool = False) -> None:
         self.size = size
         self.cause = cause
+        self.frozen = frozen
+
+    def joined(self, size: int, other: Fixed) -> Fixed:
+        """One axis of ``size`` for two neighbours; where one of them is space, the size changes with that."""
+        return Fixed(size, self.cause, frozen=self.frozen and other.frozen)
 
     def __repr__(self) -> str:
         return f"fixed[{self.size}]"
@@ -168,7 +173,7 @@ def _resolve_cat(axis: Cat) -> Axis:
             if p.size == 0:
                 changed = True
             elif parts and isinstance(p, Fixed) and isinstance(parts[-1], Fixed):
-                parts[-1] = Fixed(parts[-1].size + p.size, parts[-1].cause)
+                parts[-1] = parts[-1].joined(parts[-1].size + p.size, p)
                 changed = True
             else:
                 parts.append(p)
@@ -189,7 +194,7 @@ def _resolve_prod(axis: Prod) -> Axis:
             if f.size == 1:
                 changed = True
             elif factors and isinstance(f, Fixed) and isinstance(factors[-1], Fixed):
-                factors[-1] = Fixed(factors[-1].size * f.size, factors[-1].cause)
+                factors[-1] = factors[-1].joined(factors[-1].size * f.size, f)
                 changed = True
             else:
                 factors.append(f)

@@ -33,9 +33,13 @@ class Axes:
 
     def freeze(self, axis: Axis, cause: Cause) -> None:
         """Keep every index of ``axis``, and so of all that is or will be equated with it."""
+        self._fix(axis, Fixed(axis.size, cause))
+
+    def _fix(self, axis: Axis, found: Fixed) -> None:
+        """``axis`` stays like ``found``, which may be space; then what the forward makes to match it is, too."""
         for atom in atoms_of(axis):
             if atom.ref is None:
-                bind(atom, Fixed(atom.size, cause))
+                bind(atom, Fixed(atom.size, found.cause, frozen=found.frozen or not atom.weak))
 
     def unify(self, a: Axis, b: Axis, cause: Cause) -> None:
         """From now on index ``i`` of ``a`` is kept iff index ``i`` of ``b`` is. Sizes must agree."""
@@ -47,9 +51,9 @@ class Axes:
         if a.size != b.size:
             raise AssertionError(f"axes of {a.size} and {b.size} indices can't be equated: {a!r}, {b!r} by {cause}")
         if isinstance(a, Fixed):
-            self.freeze(b, a.cause)
+            self._fix(b, a)
         elif isinstance(b, Fixed):
-            self.freeze(a, b.cause)
+            self._fix(a, b)
         elif isinstance(a, Atom) and isinstance(b, Atom):
             old, new = (a, b) if a.serial < b.serial else (b, a)
             old.carrier = old.carrier or new.carrier
@@ -144,7 +148,7 @@ class Axes:
         if start == stop:
             return Fixed(0, cause)
         if isinstance(axis, Fixed):
-            return Fixed(stop - start, axis.cause)
+            return Fixed(stop - start, axis.cause, frozen=axis.frozen)
         if isinstance(axis, Atom):
             bounds = [(0, start), (start, stop), (stop, axis.size)]
             parts = [self._piece(axis, hi - lo, cause) for lo, hi in bounds]
@@ -204,7 +208,7 @@ class Axes:
         if q == 1:
             return axis, Fixed(1, _TRIVIAL)
         if isinstance(axis, Fixed):
-            return Fixed(p, axis.cause), Fixed(q, axis.cause)
+            return Fixed(p, axis.cause, frozen=axis.frozen), Fixed(q, axis.cause, frozen=axis.frozen)
         if isinstance(axis, Atom):
             first, second = self.atom(p, axis.owner), self.atom(q, axis.owner)
             self._bind(axis, Prod((first, second)))

@@ -77,3 +77,20 @@ def test_a_product_of_channels_and_rows_is_not_taken_apart_the_other_way(length:
         slim = chase_fx.prune(net, x).eval()
         assert slim.get_parameter("b.weight").shape[0] == kept
         assert_exact(net, slim, (larger,))
+
+
+def test_copies_that_match_space_are_space() -> None:
+    """Heads beside a batch may go, where the batch is that of a class token's copies."""
+
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        tokens = torch.cat([m.get_parameter("token").expand(x.shape[0], -1, -1), m.a(x)], 1).transpose(0, 1)
+        return m.out(m.b(tokens, tokens, tokens, need_weights=False)[0][0])
+
+    torch.manual_seed(0)
+    x, larger = (torch.randn(n, s, 6, dtype=torch.float64) for n, s in ((2, 7), (3, 9)))
+    net = Net(attend, a=nn.Linear(6, 16), b=nn.MultiheadAttention(16, 4), out=nn.Linear(16, 2))
+    net.token = nn.Parameter(torch.randn(1, 1, 16))
+    randomise(net, (x,))
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("b.in_proj_weight").shape[0] < 48
+    assert_exact(net, slim, (larger,))

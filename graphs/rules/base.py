@@ -181,8 +181,9 @@ class LabelledOp:
 
         Nor does a dim of an input that a weight is multiplied with: its size is that of the weight.
         """
+        axis = resolve(axis)
         if isinstance(axis, Fixed):
-            told = axis.cause.op == "size 1" or axis.cause.detail in _TOLD_BY_CODE
+            told = axis.frozen or axis.cause.op == "size 1" or axis.cause.detail in _TOLD_BY_CODE
             return not told and axis.cause not in self.axes.told_by_weights
         parts = axis.parts if isinstance(axis, Cat) else axis.factors if isinstance(axis, Prod) else ()
         return bool(parts) and all(map(self.is_space, parts))
