@@ -62,6 +62,7 @@ class Arguments:
         parameters = parameters_in(modules)
         self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
+        self.held: dict[str, tuple[Any, str]] = {}  # inputs by path that the graph compares by a text of their value
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self._nodes: dict[int, Node] = {}
         self.gradients = Gradients(graph, parameters, self._nodes)
@@ -370,26 +371,10 @@ class Arguments:
                 guard = self.graph.call_function(check, (found, "==", rank, True, where))
             found.meta["source"] = guard.meta["source"] = ""
 
-    def bind_input(self, value: Any, node: Node, path: str, guard: Callable[..., Any]) -> None:
-        """Tie the tensors inside ``value`` to ``node``; other leaves are guarded: the graph is specialised to them."""
-        if isinstance(value, torch.Tensor):
-            slot = self.tape.add(value, "input", path)
-            self._tie(value, node)
-            node.meta["grad"] = value.is_floating_point() or value.is_complex()
-            node.meta["slot"] = slot
-            self._inputs[node] = value.dim()
-        elif isinstance(value, (tuple, list, dict)):
-            # The graph has a node for each item, and would ignore others; a forward may go through a dict in its order.
-            count: Any = len if not isinstance(value, dict) else sorted if str(node.target).startswith("**") else list
-            self.call(
-                guard, (self.call(count, (node,), plain=True), count(value), f"{count.__name__}({path})"), plain=True
-            )
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                found = self.call(operator.getitem, (node, key), plain=True)
-                self.bind_input(item, found, f"{path}[{key!r}]", guard)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for f in dataclasses.fields(value):
-                item = getattr(value, f.name)
-                self.bind_input(item, self.call(getattr, (node, f.name), plain=True), f"{path}.{f.name}", guard)
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            self.call(guard, (node, value, path), plain=True)
+    def tie_input(self, tensor: torch.Tensor, node: Node, path: str) -> None:
+        """``node`` computes ``tensor``, one of the inputs."""
+        slot = self.tape.add(tensor, "input", path)
+        self._tie(tensor, node)
+        node.meta["grad"] = tensor.is_floating_point() or tensor.is_complex()
+        node.meta["slot"] = slot
+        self._inputs[node] = tensor.dim()

@@ -16,11 +16,11 @@ from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.ambient import inside_region
+from chase_fx.graphs.binding import check_unchanged
 from chase_fx.graphs.branches import follow
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
-from chase_fx.graphs.guards import expect
 from chase_fx.graphs.inputs import Blank, add_inputs, faked, shapes
 from chase_fx.graphs.leaves import Leaves, plain_recurrence
 from chase_fx.graphs.live import HashedError, plain
@@ -161,11 +161,12 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
         for p in trainable:
             p.requires_grad = False
         with restored_generators() as state, torch.enable_grad(), quiet_torch(root), fake or nullcontext():
-            args, kwargs = add_inputs(recorder.arguments, blank, bound, len(inputs.args), expect)
+            args, kwargs = add_inputs(recorder.arguments, blank, bound, len(inputs.args))
             recorder.watch_generators(state)
             with inside_region(device) if way.ambient else nullcontext(), recorder.running():
                 out = root(*args, **kwargs)  # with the hooks that it has
             recorder.check_generators()
+            check_unchanged(recorder.arguments)
             recorder.finish(out)
     except ChaseError:
         raise

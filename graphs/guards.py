@@ -1,4 +1,4 @@
-"""Guards: what a forward took for granted of its inputs' sizes and other plain values.
+"""Guards: what a forward took for granted of sizes and data.
 
 A capture holds one way through the model's Python code. Each decision that depended on a size is a node of the graph,
 so that inputs for which the code would have gone another way are refused instead of computed wrongly; the module then
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.fx.node import has_side_effect
 
-from chase_fx.errors import ArgumentError, OtherPathError, OtherSizeError
+from chase_fx.errors import OtherPathError, OtherSizeError
+from chase_fx.graphs.expected import EXPECTED
 
-__all__ = ["COMPARE", "GUARDS", "agree", "check", "check_data", "check_number", "expect"]
+__all__ = ["COMPARE", "GUARDS", "agree", "check", "check_data", "check_number"]
 
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -28,16 +29,6 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-
-
-def expect(value: Any, expected: Any, name: str) -> None:
-    """Refuse a non-tensor argument that differs from the one the graph was captured with."""
-    if value is expected:
-        return
-    if expected is None or value != expected:
-        raise ArgumentError(
-            f"argument '{name}' was {expected!r} when the graph was captured, found {value!r}; trace again"
-        )
 
 
 def check(left: Any, comparison: str, right: Any, holds: bool, where: str) -> None:
@@ -100,6 +91,4 @@ def check_data(found: torch.Tensor, expected: bool | float, where: str) -> None:
 
 
 # The graph keeps these nodes although nobody reads their value; so do torch.fx's own passes.
-GUARDS = frozenset(
-    {has_side_effect(expect), has_side_effect(check), has_side_effect(check_data), has_side_effect(check_number)}
-)
+GUARDS = EXPECTED | {has_side_effect(check), has_side_effect(check_data), has_side_effect(check_number)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from chase_fx.errors import ArgumentError, CaptureError, DeviceMismatchError, NothingToPruneError
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
-from chase_fx.graphs.trees import tensors_in
+from chase_fx.graphs.binding import bind_default, bind_input, default_of
+from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
 
 __all__ = ["Blank", "add_inputs", "check_devices", "check_model", "faked", "given", "shapes"]
 
 Blank = Callable[[torch.Tensor], torch.Tensor]
+Bind = Callable[[Arguments, Any, Node, str], None]
 
 
 def given(
@@ -95,7 +96,6 @@ def add_inputs(
     blank: Blank | None,
     bound: inspect.BoundArguments,
     positional: int,
-    guard: Callable[..., Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Placeholders for the whole signature, and the arguments to call the forward with.
 
@@ -105,80 +105,34 @@ def add_inputs(
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    nodes: list[tuple[Any, Node, str]] = []
+    nodes: list[tuple[Any, Node, str, Bind]] = []
     for name, parameter in bound.signature.parameters.items():
         given = name in bound.arguments
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             value = _fresh(bound.arguments.get(name, ()), blank)
-            nodes.append((value, arguments.add_input(f"*{name}", NO_DEFAULT), name))
+            nodes.append((value, arguments.add_input(f"*{name}", NO_DEFAULT), f"*{name}", bind_input))
             args.extend(value)
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
             value = _fresh(bound.arguments.get(name, {}), blank)
-            nodes.append((value, arguments.add_input(f"**{name}", NO_DEFAULT), name))
+            nodes.append((value, arguments.add_input(f"**{name}", NO_DEFAULT), f"**{name}", bind_input))
             kwargs.update(value)
         else:
-            value = _fresh(bound.arguments.get(name, parameter.default), blank)
             default = NO_DEFAULT if parameter.default is inspect.Parameter.empty else parameter.default
-            nodes.append((value, arguments.add_input(name, default), name))
+            value = _fresh(bound.arguments[name], blank) if given else default
+            node = arguments.add_input(name, default_of(default))
+            nodes.append((value, node, name, bind_input if given else bind_default))
             if given and parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(args) < positional:
                 args.append(value)
             elif given:
                 kwargs[name] = value
-    for value, node, name in nodes:
-        _refuse_objects(value, name)
-        arguments.bind_input(value, node, name, guard)
+    for value, node, name, bind in sorted(nodes, key=lambda found: not holds_tensor(found[0])):
+        bind(arguments, value, node, name)  # tensors first: a device may be that of one
     return tuple(args), kwargs
 
 
-def _refuse_objects(value: Any, path: str) -> None:
-    """Tensors inside of objects that nobody takes apart would be constants of the graph.
-
-    Raises:
-        CaptureError: there are some.
-    """
-    if isinstance(value, (tuple, list)):
-        for k, item in enumerate(value):
-            _refuse_objects(item, f"{path}[{k}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_objects(item, f"{path}[{key!r}]")
-    elif (
-        not isinstance(value, (torch.Tensor, type)) and not dataclasses.is_dataclass(value) and _hides_tensor(value, 4)
-    ):
-        raise CaptureError(
-            f"argument '{path}' is a {type(value).__name__} that holds tensors, which is no input that a graph "
-            "can take; pass them as tensors, or in tuples, lists, dicts or dataclasses"
-        )
-
-
-def _hides_tensor(value: Any, depth: int) -> bool:
-    """Whether there is a tensor among the attributes of an object, and of what these hold."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if not depth or isinstance(value, (type, nn.Module)):
-        return False
-    inside: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, (tuple, list, set)):
-        inside = value
-    elif hasattr(value, "__dict__") and not callable(value):
-        inside = vars(value).values()
-    return any(_hides_tensor(item, depth - 1) for item in inside)
-
-
 def _fresh(value: Any, blank: Blank | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        if blank is not None:
-            value = blank(value)
-        return value.detach().clone()  # a forward may write to its inputs
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_fresh(v, blank) for v in value))
-    if type(value) in (tuple, list):
-        return type(value)(_fresh(v, blank) for v in value)
-    if type(value) is dict:
-        return {k: _fresh(v, blank) for k, v in value.items()}
-    return value
+    """``value`` with tensors of its own, for a forward may write to its inputs."""
+    return map_tensors(value, lambda tensor: (tensor if blank is None else blank(tensor)).detach().clone())
 
 
 def shapes(bound: inspect.BoundArguments) -> str:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.trees import map_tensors
+
 __all__ = [
     "Change",
     "apply_changes",
@@ -101,13 +103,7 @@ def in_precision(
         return memo[id(tensor)]
 
     def mapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return moved(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(mapped, value))
-        if type(value) in (tuple, list):
-            return type(value)(map(mapped, value))
-        return {k: mapped(v) for k, v in value.items()} if type(value) is dict else value
+        return map_tensors(value, moved)
 
     homes: list[dict[str, Any]] = [home for m in root.modules() for home in (m._parameters, m._buffers)]
     before = [dict(home) for home in homes]

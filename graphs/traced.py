@@ -15,6 +15,7 @@ from torch.fx.graph_module import _forward_from_src
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.autocast import casts, preserved_autocast
 from chase_fx.graphs.branches import nested_code, python_code
+from chase_fx.graphs.expected import expect_order
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
@@ -187,8 +188,8 @@ def _unpickle(
 
 
 def decides_by_sizes(graph: Graph) -> bool:
-    """Whether a graph refuses some sizes that the model may take."""
-    return any(node.target is check for node in graph.nodes)
+    """Whether a graph refuses some sizes, or an order of keyword arguments, that the model may take."""
+    return any(node.target is check or (node.target is expect_order and len(node.args[1]) > 1) for node in graph.nodes)
 
 
 def forward_of(graphs: Sequence[Graph], train_error: str | None, flag: str) -> Forward:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["holds_tensor", "map_tensors", "named_tensors", "only_tensors", "tensors_in"]
+__all__ = ["attributes_of", "holds_tensor", "map_tensors", "named_tensors", "only_tensors", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -50,14 +51,45 @@ def holds_tensor(value: Any) -> bool:
 
 
 def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with ``fn`` applied to the tensors in it, through tuples and lists."""
+    """``value`` with ``fn`` applied to the tensors in it, one by one."""
     if isinstance(value, torch.Tensor):
         return fn(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(v, fn) for v in value))
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return type(value)(map_tensors(v, fn) for v in value)
+    if type(value) is list:
+        return [map_tensors(v, fn) for v in value]
+    if type(value) is dict:
+        return {k: map_tensors(v, fn) for k, v in value.items()}
+    if isinstance(value, (list, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return _map_object(value, fn)
     return value
+
+
+def _map_object(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same for a container of another class, which may have its items as attributes too."""
+    new = copy.copy(value)
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, (list, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+    made = {key: map_tensors(item, fn) for key, item in items}
+    for key, item in made.items():
+        (dict if isinstance(value, dict) else list).__setitem__(new, key, item)
+    for name, item in attributes_of(value):
+        same = name in made and value[name] is item
+        object.__setattr__(new, name, made[name] if same else map_tensors(item, fn))
+    return new
+
+
+def attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds under names, besides its items."""
+    names = dict.fromkeys(getattr(value, "__dict__", ()))
+    if dataclasses.is_dataclass(value):
+        names |= dict.fromkeys(f.name for f in dataclasses.fields(value))
+    for name in names:
+        if hasattr(value, name):
+            yield name, getattr(value, name)
 
 
 def only_tensors(value: Any) -> bool:

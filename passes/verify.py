@@ -100,7 +100,7 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
         if found[1] is None or dtype is torch.float64:
             return found
         wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
-        doubled = _map_all(inputs, lambda t: t.double() if t.is_floating_point() else t)
+        doubled = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
         return _compare(wide, wide_slim, channels, masks, doubled, forced=forced, dtype=torch.float64, tolerance=_EXACT)
 
     report, node, taken = compare({})
@@ -218,7 +218,7 @@ def _same_draws() -> Iterator[None]:
 
 def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
     """Values of the placeholders in order. Clones, for a forward may write to its inputs."""
-    args, kwargs = _map_all(inputs, lambda t: t.detach().clone())
+    args, kwargs = map_tensors(inputs, lambda t: t.detach().clone())
     names = [str(n.target) for n in interpreter.graph.nodes if n.op == "placeholder"]
     rest = list(args)
     used: set[str] = set()
@@ -238,11 +238,3 @@ def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, A
             yield rest.pop(0)
         else:
             yield node.args[0]
-
-
-def _map_all(value: Any, fn: Any) -> Any:
-    if isinstance(value, dict) and type(value) is dict:
-        return {k: _map_all(v, fn) for k, v in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map_all(v, fn) for v in value)
-    return map_tensors(value, fn)
