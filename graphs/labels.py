@@ -75,12 +75,8 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
                 for axis in labels[leaf.slot.index]:
                     axes.freeze(axis, cause)
     for capture, labels, facts in zip(info.captures, labelling.slots, labelling.facts, strict=True):
-        zero = {
-            slot.index: frozenset(atom for axis in labels[slot.index] for atom in atoms_of(axis))
-            for slot in capture.tape.slots
-            if slot.kind in ("parameter", "buffer") and slot.index in labels
-        }
-        freeze_what_stays(axes, capture.tape.ops, labels, facts, zero)
+        weights = [slot.index for slot in capture.tape.slots if slot.kind in ("parameter", "buffer")]
+        freeze_what_stays(axes, capture.tape.ops, labels, facts, weights)
     _settle(labelling, used, info.aliases)
     return labelling
 
