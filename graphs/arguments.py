@@ -65,7 +65,7 @@ class Arguments:
         self.held: dict[str, tuple[Any, str]] = {}  # inputs by path that the graph compares by a text of their value
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self._nodes: dict[int, Node] = {}
-        self.gradients = Gradients(graph, parameters, self._nodes)
+        self.gradients = Gradients(graph, parameters, self._nodes, tape)
         self._alive: list[torch.Tensor] = []
         self._state: dict[int, str] = {}
         self.model: nn.Module | None = None  # of which the modules are a copy
@@ -270,7 +270,7 @@ class Arguments:
 
     def _hidden(self, tensor: torch.Tensor) -> Node:
         """A tensor that no call of the torch API gave, by its ATen calls."""
-        found = recover(tensor, self.graph, self.tape, self.node_of, self.to_fx)
+        found = recover(tensor, self.graph, self.tape, self.gradients, (self.node_of, self.to_fx))
         if found is None:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "

@@ -134,7 +134,7 @@ class Decisions(Recording):
             known = args[0].detach().clone()  # no result of the forward, but a constant
         same = self._call_function(agree, "agree", (args[0], known), {})
         for op in self.tape.ops[start:]:
-            op.whole = True  # all of the data, so all of the channels
+            op.whole = "the forward reads all of it"
         self.arguments.call(check_data, (same, True, line))
 
     def _live_dim(self, tensor: torch.Tensor, dim: int, size: int, method: str = "size") -> int:
@@ -146,8 +146,14 @@ class Decisions(Recording):
 
         How many there are is fixed, for Python counts a list without asking anybody.
         """
-        for d, n in enumerate(self.tape.slot_of(tensor).shape):
+        shape = self.tape.slot_of(tensor).shape
+        for d, n in enumerate(shape):
             fix(self._live_dim(tensor, d, n))
+        if shape:  # Python picks elements by their places
+            start = len(self.tape.ops)
+            tensor = self._call_function(torch.clone, "clone", (tensor,), {})
+            for op in self.tape.ops[start:]:
+                op.whole = f"{name}() reads its elements into Python"
         node = self.graph.call_method(name, (self.arguments.to_fx(tensor),))
         node.meta["source"] = ""
 

@@ -219,7 +219,7 @@ class Drawing(Reads):
         node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         node.meta["draws"] = True
         for op in self.tape.ops[start:]:
-            op.whole = True
+            op.whole = "the forward draws all of it"
         self._finish(node, (), args, kwargs, start, in_place=False)
         return DrawnArray(out, node, source_line())
 

@@ -6,6 +6,7 @@ what depends on them, but for what passes a ``no_grad`` region or leaves an auto
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from chase_fx.graphs.shadows import given_path
-from chase_fx.graphs.tape import Slot
+from chase_fx.graphs.tape import Slot, Tape
 from chase_fx.graphs.trees import tensors_in
 
 __all__ = ["Gradients"]
@@ -26,14 +27,19 @@ class Gradients:
     Args:
         parameters: those of the model, by name.
         nodes: which node computes a tensor, by the tensor's identity; it grows.
+        tape: the calls of the forward.
 
     Attributes:
         off: the forward is in a ``no_grad`` region.
         trainable: names of the parameters that are trained.
     """
 
-    def __init__(self, graph: Graph, parameters: Mapping[str, torch.Tensor], nodes: Mapping[int, Node]) -> None:
+    def __init__(
+        self, graph: Graph, parameters: Mapping[str, torch.Tensor], nodes: Mapping[int, Node], tape: Tape
+    ) -> None:
         self.off = False
+        self._tape = tape
+        self._modes = [(0, False)]  # from which call on they were off
         self.trainable = {name for name, p in parameters.items() if p.requires_grad}
         self._graph = graph
         self._nodes = nodes
@@ -44,6 +50,7 @@ class Gradients:
     def enter_mode(self, *, enabled: bool) -> None:
         """From here on the forward runs with gradients enabled or disabled."""
         self.off = not enabled
+        self._modes.append((len(self._tape.ops), self.off))
         self._detached = {}
 
     @contextmanager
@@ -83,6 +90,16 @@ class Gradients:
         if node not in self._detached:
             self._detached[node] = self._detach(node, node.meta.get("slot"))
         return self._detached[node]
+
+    @contextmanager
+    def at(self, position: int) -> Iterator[None]:
+        """Inside the block gradients are as they were at a call of the tape, for a node that makes it later."""
+        before = self.off, self._detached
+        self.off = self._modes[bisect_right(self._modes, position, key=lambda mode: mode[0]) - 1][1]
+        if self.off is not before[0]:
+            self._detached = {}
+        yield
+        self.off, self._detached = before
 
     def outside(self, tensor: torch.Tensor, node: Node, slot: Slot) -> Node:
         """The node of ``tensor``, detached if it left an autograd function beside its result."""

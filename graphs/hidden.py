@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.gradients import Gradients
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Slot, Tape, TapedOp
 
 __all__ = ["NEW", "VMAP_END", "Recovered", "recover", "transformed"]
-
-NodeOf = Callable[[torch.Tensor], Node]
 
 _aten = torch.ops.aten
 NEW = frozenset({getattr(_aten, f"new_{kind}").default for kind in ("empty", "full", "ones", "zeros")})
@@ -62,7 +61,11 @@ class Recovered:
 
 
 def recover(
-    tensor: torch.Tensor, graph: Graph, tape: Tape, node_of: NodeOf, to_fx: Callable[[Any], Any]
+    tensor: torch.Tensor,
+    graph: Graph,
+    tape: Tape,
+    gradients: Gradients,
+    values: tuple[Callable[[torch.Tensor], Node], Callable[[Any], Any]],
 ) -> Recovered | None:
     """Nodes for the taped calls that belong to none yet and that ``tensor`` depends on; ``None`` if they can't be.
 
@@ -75,6 +78,7 @@ def recover(
         return None
     if any(tape.region(p) != tape.regions[-1][1] for p in positions):  # here torch casts otherwise
         return None
+    node_of, to_fx = values
     found = Recovered()
     nodes = found.nodes
     source = source_line()
@@ -82,7 +86,7 @@ def recover(
     def argument(value: Any) -> Any:
         if isinstance(value, Slot):
             if value.index in nodes:
-                return nodes[value.index]
+                return gradients.here(nodes[value.index])
             found.read.append(node_of(tape.tensor_of(value)))
             return found.read[-1]
         if isinstance(value, (tuple, list)):
@@ -91,7 +95,9 @@ def recover(
 
     for position in positions:
         op = tape.ops[position]
-        args = [argument(a) for a in op.args]
+        with gradients.at(position):
+            args = [argument(a) for a in op.args]
+            kwargs = {k: argument(v) for k, v in op.kwargs.items()}
         sizes = _sizes(graph, op, args)
         if sizes is None:
             found.certain = found.certain and _has_own_numbers(op)
@@ -99,10 +105,11 @@ def recover(
             args[1] = sizes
         ends = op.op is _aten.expand.default and op.call == VMAP_END
         found.once = found.once or (ends and 1 in op.args[1])
-        node = graph.call_function(op.op, tuple(args), {k: argument(v) for k, v in op.kwargs.items()})
+        node = graph.call_function(op.op, tuple(args), kwargs)
         node.meta.update(source=source, in_place=op.op._schema.is_mutable, tape=(position, position + 1))
         op.node, op.source, op.call, op.operands = node.name, source, str(op.op.overloadpacket.__name__), ()
-        single = len(op.op._schema.returns) == 1 and len(op.outs) == 1
+        returns = op.op._schema.returns
+        single = len(returns) == 1 and not isinstance(returns[0].type, torch.ListType)
         for i, out in enumerate(op.outs):
             nodes[out.index] = node if single else graph.call_function(operator.getitem, (node, i))
             nodes[out.index].meta.update(slot=out, source=source)
@@ -192,11 +199,10 @@ def _needed(slot: Slot, tape: Tape) -> list[int]:
     while stack:
         position = stack.pop()
         op = tape.ops[position]
-        if position in found or op.node:
-            continue
-        found.add(position)
-        storages.update(out.storage for out in op.outs)
-        stack += [makers[s.index] for s in op.inputs() if s.index in makers]
+        if position not in found and not op.node:
+            found.add(position)
+            storages.update(out.storage for out in op.outs)
+            stack += [makers[s.index] for s in op.inputs() if s.index in makers]
         if not stack:
             stack = [p for p, w in enumerate(tape.ops) if p not in found and not w.node and _writes(w) in storages]
     return sorted(found)

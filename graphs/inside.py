@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._functorch import vmap
+from torch._functorch import eager_transforms, vmap
 
 from chase_fx.graphs.drawing import Drawing
-from chase_fx.graphs.hidden import NEW, VMAP_END
+from chase_fx.graphs.hidden import NEW, VMAP_END, transformed
 from chase_fx.graphs.live import fix, is_live, plain
 from chase_fx.graphs.patches import Patch
 from chase_fx.graphs.reads import SIZE_CALLS
@@ -43,7 +43,16 @@ class Inside(Drawing):
                 op.call = VMAP_END
             return out
 
-        return [(vmap, VMAP_END, end)]
+        gradient = eager_transforms._autograd_grad
+
+        def pulled_back(*args: Any, **kwargs: Any) -> Any:
+            """A pullback that is called when its transform has ended; autograd looks at tensors as they are."""
+            if not self._active or transformed():
+                return gradient(*args, **kwargs)
+            with self._paused(), torch._C.DisableTorchFunction():
+                return gradient(*args, **kwargs)
+
+        return [(vmap, VMAP_END, end), (eager_transforms, "_autograd_grad", pulled_back)]
 
     @contextmanager
     def _mapping(self) -> Iterator[None]:

@@ -159,7 +159,7 @@ class _Propagation:
     def _answer(self, view: LabelledOp) -> Sequence[Labels]:
         """What the operator's rule says of each output."""
         if view.op.whole:
-            return view.all_fixed("inside a function that stays one call")
+            return view.all_fixed(view.op.whole)
         rule = self.rules.find(view.op.op)
         if rule is None:
             return self._refuse(view, "no channel rule")

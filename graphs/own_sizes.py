@@ -32,7 +32,8 @@ def mark_own_sizes(cls: Any, args: tuple[Any, ...], ops: Iterable[TapedOp]) -> N
         op.own_sizes = True
         if reads and torch.Tag.pointwise in op.op.tags:
             numbers = [v for v in (*op.args, *op.kwargs.values()) if _is_number(v)]
-            op.whole = op.whole or any(v not in known and -v not in known for v in numbers)
+            if any(v not in known and -v not in known for v in numbers):
+                op.whole = op.whole or "inside an autograd function, scaled by a number that may be a size"
 
 
 def _is_number(value: Any) -> bool:

@@ -378,7 +378,7 @@ class Recorder(Inside):
         node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
         node.meta["whole"] = True
         for op in self.tape.ops[start:]:
-            op.whole = True
+            op.whole = "inside a function that stays one call"
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -65,7 +65,7 @@ class TapedOp:
     source: str = ""
     call: str = ""  # the torch-level function or module of the node
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
-    whole: bool = False  # inside a function that stays one call
+    whole: str = ""  # why its channels stay: the reason, if there is one
     own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
     sizes: Sizes = ()  # of a view: what each size argument was computed from; None for -1
     mapped: int = 0  # of a factory inside a vmap: how many of its sizes, in front, are those that the vmap runs over

@@ -25,7 +25,8 @@ from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize
-from chase_fx.passes.sizes import CALLS, CallSite
+from chase_fx.passes.sites import CallSite
+from chase_fx.passes.sizes import CALLS
 
 __all__ = ["Cut"]
 

@@ -6,7 +6,7 @@ every call; one that comes from the batch, from space or from data is not, and h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Node
 
@@ -14,9 +14,7 @@ from chase_fx.errors import RewriteError
 from chase_fx.graphs.axes import fixed_of
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.provenance import from_data
-
-if TYPE_CHECKING:
-    from chase_fx.passes.sizes import CallSite
+from chase_fx.passes.sites import CallSite
 
 __all__ = ["fixed_value", "value"]
 

@@ -5,80 +5,23 @@ One entry per function; a call that is not here has no size arguments, or its si
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from chase_fx.errors import RewriteError
 from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.calls import call_name
-from chase_fx.graphs.rules.base import Facts, Labels
-from chase_fx.passes.counts import Counts
+from chase_fx.graphs.rules.base import Labels
 from chase_fx.passes.numbers import fixed_value, value
+from chase_fx.passes.sites import CallSite
 
-__all__ = ["CALLS", "CallSite"]
-
-
-@dataclass
-class CallSite:
-    """One node under rewrite, with the labels of tensors and what the rules noted about it.
-
-    Attributes:
-        places: makes a buffer of the kept indices of an axis, and names it.
-    """
-
-    graph: Graph
-    node: Node
-    counts: Counts
-    labels: Callable[[Node], Labels | None]
-    facts: Sequence[Facts]
-    places: Callable[[Axis], str]
-
-    def label(self, value: Any) -> Labels:
-        """The labels of a tensor argument."""
-        found = self.labels(value) if isinstance(value, Node) else None
-        if found is None:
-            raise RewriteError(f"{self.where()}: no labels for argument {value}")
-        return found
-
-    @property
-    def out(self) -> Labels:
-        """The labels of the node's own value."""
-        return self.label(self.node)
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """A positional-or-keyword argument."""
-        if index < len(self.node.args):
-            return self.node.args[index]
-        return self.node.kwargs.get(name, default)
-
-    def set(self, index: int, name: str, value: Any) -> None:
-        """Replace an argument in the form it was given."""
-        if index < len(self.node.args):
-            self.node.update_arg(index, value)
-        else:
-            self.node.update_kwarg(name, value)
-
-    def shrink(self, value: Any, axis: Axis) -> Any:
-        """A dense size as a kept one."""
-        with self.graph.inserting_before(self.node):
-            return self.counts.shrink(self.graph, value, axis)
-
-    def note(self, name: str) -> Axis | None:
-        """An axis that a rule noted for this node."""
-        for fact in self.facts:
-            if name in fact.notes:
-                return fact.notes[name]
-        return None
-
-    def where(self) -> str:
-        """For messages: the node and its source line."""
-        return f"node '{self.node.name}' ({self.node.meta.get('source') or 'unknown line'})"
+__all__ = ["CALLS"]
 
 
 Handler = Callable[[CallSite], None]
@@ -345,6 +288,22 @@ def _attention(site: CallSite) -> None:
         site.set(6, "scale", head_dim.size**-0.5)
 
 
+def _attention_kernel(site: CallSite) -> None:
+    """The same for the kernels that torch calls inside ``torch.vmap``; all of them take the scale by name."""
+    head_dim = site.label(site.arg(0, "query"))[-1]
+    if site.counts.live(head_dim) and site.node.kwargs.get("scale") is None:
+        site.node.update_kwarg("scale", head_dim.size**-0.5)
+
+
+def _native_group_norm(site: CallSite) -> None:
+    """``(x, w, b, N, C, HxW, group, eps)`` as torch calls it inside ``torch.vmap``: N, C and HxW are sizes of ``x``."""
+    samples, channels, *space = site.label(site.arg(0, "input"))
+    for index, name, axes in ((3, "N", [samples]), (4, "C", [channels]), (5, "HxW", space)):
+        if any(map(site.counts.live, axes)):
+            site.set(index, name, math.prod(map(site.counts.kept, axes)))
+    _groups(6, "group")(site)
+
+
 def _sequence(site: CallSite) -> None:
     """``arange``, ``linspace``, ``eye``: made in full, then the kept places are taken."""
     node = site.node
@@ -389,4 +348,16 @@ CALLS: dict[str, Handler] = {
     "convolution": _groups(8, "groups"),
     **dict.fromkeys(("arange", "linspace", "logspace", "eye"), _sequence),
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_attention_math",
+            "_scaled_dot_product_fused_attention_overrideable",
+        ),
+        _attention_kernel,
+    ),
+    "native_group_norm": _native_group_norm,
 }
