@@ -23,6 +23,7 @@ from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule
+from chase_fx.passes.alignment import guard_alignments
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize
 from chase_fx.passes.sites import CallSite
@@ -162,6 +163,7 @@ def _rewrite_graph(
                 _grow_read(new, node, labels, counts)
             elif name in CALLS and _touches_live(node, labels, counts):
                 CALLS[name](site)
+        guard_alignments(site)
     remove_dead_nodes(new, root)
     return new
 

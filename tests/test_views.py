@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
+from chase_fx.errors import OtherSizeError
 from tests.nets import Net, conv
 from tests.oracle import assert_exact, randomise
 
@@ -94,3 +95,58 @@ def test_copies_that_match_space_are_space() -> None:
     slim = chase_fx.prune(net, x).eval()
     assert slim.get_parameter("b.in_proj_weight").shape[0] < 48
     assert_exact(net, slim, (larger,))
+
+
+def _rows(m: nn.Module, y: Tensor) -> Tensor:
+    return m.out(y.mean(-1))
+
+
+@pytest.mark.parametrize(
+    ("step", "guarded"),
+    [
+        (lambda m, y: m.wide(y.view(-1, 16 * 8)), True),
+        (lambda m, y: _rows(m, y.reshape(-1, 16, 8)), True),
+        (lambda m, y: _rows(m, y.view(-1, 4, 4, 8).flatten(1, 2)), True),
+        (lambda m, y: _rows(m, torch.cat([y, y]).view(2, -1, 16, 8).sum(0)), True),
+        (lambda m, y: _rows(m, y.view(2, 16, -1)), True),
+        (lambda m, y: m.out(y.mT.reshape(-1, 16)), False),
+        (lambda m, y: m.out(y.mT.reshape(-1, 4, 16).sum(1)), False),
+        (lambda m, y: _rows(m, y.view(-1, 16, y.shape[2])), False),
+    ],
+)
+def test_numbers_that_stand_for_space_are_guarded(step: Callable[[nn.Module, Tensor], Tensor], guarded: bool) -> None:
+    """``view(-1, 400)`` of a larger image makes more rows in the model, of other channels than in the slim graph."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return step(m, m.b(m.a(x)))
+
+    torch.manual_seed(0)
+    x, larger = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(4, 3, 16, dtype=torch.float64)
+    parts = {"out": nn.Linear(16, 2), "wide": nn.Linear(128, 2)}
+    net = randomise(Net(forward, a=nn.Conv1d(3, 16, 1), b=nn.Conv1d(16, 16, 1), **parts), (x,))
+    net(larger)
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("a.weight").shape[0] == 8
+    assert_exact(net, slim, (x,))
+    if guarded:
+        with pytest.raises(OtherSizeError, match=r"test_views\.py"):
+            slim(larger)
+    else:
+        assert_exact(net, slim, (larger,))
+
+
+def test_space_of_size_one_before_a_view() -> None:
+    """A pooled image that is viewed as (-1, C) makes a row of each pixel where it is larger than one."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(nn.functional.avg_pool2d(m.a(x), 4).view(-1, 16))
+
+    torch.manual_seed(0)
+    x, larger = (torch.randn(2, 3, s, s, dtype=torch.float64) for s in (4, 8))
+    net = randomise(Net(forward, a=conv(3, 16), out=nn.Linear(16, 2)), (x,))
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("a.weight").shape[0] == 8
+    assert_exact(net, slim, (x,))
+    assert net(larger).shape == (8, 2)
+    with pytest.raises(OtherSizeError):
+        slim(larger)

@@ -12,7 +12,7 @@ from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, 
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
-__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+__all__ = ["Alignment", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
 Labels = tuple[Axis, ...]
 
@@ -33,6 +33,23 @@ class Edge:
     cause: Cause
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """What a view takes for granted: numbers in its code are the sizes of space next to channels.
+
+    Attributes:
+        slot: the tensor that is viewed.
+        dims: those of its dims that are space and meet numbers.
+        product: of their sizes, as the labels have it.
+        channels: the axes that would be taken apart otherwise.
+    """
+
+    slot: Slot
+    dims: tuple[int, ...]
+    product: int
+    channels: tuple[Axis, ...]
+
+
 @dataclass
 class Facts:
     """What a rule noted about one operator, for the rewrite and for the masked reference.
@@ -42,12 +59,14 @@ class Facts:
         reduced: (slot, dim) pairs that are reduced in another way (mean, variance): only kept units are seen.
         produced: output dims of a contraction, from which weights can be told to be producers of channels.
         notes: axes that are no tensor dim but a size argument, such as the groups of a convolution.
+        alignments: what holds at the sizes of the example only.
     """
 
     contracted: list[tuple[Slot, int]] = field(default_factory=list)
     reduced: list[tuple[Slot, int]] = field(default_factory=list)
     produced: list[Axis] = field(default_factory=list)
     notes: dict[str, Axis] = field(default_factory=dict)
+    alignments: list[Alignment] = field(default_factory=list)
 
 
 class LabelledOp:

@@ -11,7 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from chase_fx.graphs.axes import Axis, Prod, atoms_of, resolve
+from chase_fx.graphs.rules.alignment import alignments
 from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels
+from chase_fx.graphs.rules.blocks import blocks
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
 
@@ -24,6 +26,7 @@ def reshape(op: LabelledOp) -> Labels:
     if _depends_on_space(op, before, after):
         for axis in before:
             op.freeze(axis, "a view mixes it with space, in a way that the size of the input decides")
+    op.facts.alignments.extend(alignments(op, x))
     return after
 
 
@@ -47,7 +50,7 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     if not live_in or not live_out:
         return False
     parts = [part for axis in before for part in _parts(op, axis)]
-    for dims, ends in _blocks([axis.size for axis in parts], op.out.shape):
+    for dims, ends in blocks([axis.size for axis in parts], op.out.shape):
         if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, parts, dims, ends):
             continue
         covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(parts[dim])]
@@ -82,28 +85,12 @@ def _cut_in_space(op: LabelledOp, before: Sequence[Axis], dims: list[int], ends:
     return op.is_multiple(ends[0], [before[d] for d in first]) or op.is_multiple(ends[-1], [before[d] for d in last])
 
 
-def _blocks(sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Dims before and after that hold the same elements, as few as possible at a time; dims of size 1 are left out."""
-    i, j = (iter([d for d, n in enumerate(given) if n != 1]) for given in (sizes, shape))
-    for first, end in zip(i, j, strict=False):
-        dims, ends = [first], [end]
-        left, right = sizes[first], shape[end]
-        while left != right:
-            if left < right:
-                dims.append(next(i))
-                left *= sizes[dims[-1]]
-            else:
-                ends.append(next(j))
-                right *= shape[ends[-1]]
-        yield dims, ends
-
-
 def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
     """The labels of ``shape`` when its elements are those of ``labels`` in row-major order."""
     if 0 in shape:
         return _reshape_empty(op, labels, shape)
     out: dict[int, Axis] = {}
-    for dims, ends in _blocks([axis.size for axis in labels], shape):
+    for dims, ends in blocks([axis.size for axis in labels], shape):
         block: Axis = labels[dims[0]] if len(dims) == 1 else Prod(labels[d] for d in dims)
         for d in ends[:-1]:
             out[d], block = op.split(block, shape[d], block.size // shape[d])
