@@ -11,6 +11,8 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.decisions import Decisions
 from chase_fx.graphs.live import LiveInt, fix, plain
 from chase_fx.graphs.source import source_line
+from chase_fx.graphs.standins import StandIns
+from chase_fx.graphs.tables import table_of_sizes, told_by_sizes
 
 __all__ = ["SIZE_CALLS", "Reads"]
 
@@ -28,6 +30,10 @@ _PLAIN_PROPERTIES = frozenset(
 
 class Reads(Decisions):
     """A recording of what is read, and of what is assigned to buffers and properties."""
+
+    def __init__(self, root: nn.Module, device: torch.device | None, *, standins: StandIns | None) -> None:
+        super().__init__(root, device, standins=standins)
+        self._tables: set[str] = set()  # buffers that this forward replaced
 
     def _read_property(self, getter: Any, args: tuple[Any, ...]) -> Any:
         name = getattr(getattr(getter, "__self__", None), "__name__", "")
@@ -65,7 +71,10 @@ class Reads(Decisions):
         return None
 
     def _write_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
-        """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had."""
+        """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had.
+
+        A table of another size, which the sizes of the inputs alone decide, is made again in every call instead.
+        """
         owner = self._names.get(id(module))
         path = f"{owner}.{name}" if owner else name
         buffer = self.arguments.buffers.get(path)
@@ -73,7 +82,11 @@ class Reads(Decisions):
             return
         with torch._C.DisableTorchFunction():
             fits = buffer.shape == value.shape and buffer.dtype == value.dtype
-        if not fits:
+        if not fits and told_by_sizes(self.arguments.node_of(value), self.tape):
+            self._tables.add(path)
+            self._make_table(value, buffer)
+            return
+        if not fits or path in self._tables:
             raise CaptureError(f"the forward replaces the buffer '{path}' by another shape or type at {source_line()}")
         target = self.arguments.node_of(buffer)
         start = len(self.tape.ops)
@@ -83,6 +96,18 @@ class Reads(Decisions):
         source.meta.update(source="", slot=self.tape.slot_of(value))
         node = self.graph.call_method("copy_", (target, source))
         self._finish(node, buffer, (buffer, value), {}, start, in_place=True)
+
+    def _make_table(self, value: torch.Tensor, buffer: torch.Tensor) -> None:
+        """From here on the forward has ``value`` in place of ``buffer``; what it was made from is another tensor."""
+        start = len(self.tape.ops)
+        node = self.graph.call_function(table_of_sizes, (self.arguments.node_of(value), self.arguments.node_of(buffer)))
+        slots = self.tape.slot_of(value), self.tape.slot_of(buffer)
+        with self._paused(), torch._C.DisableTorchFunction():
+            made = torch.ops.aten.alias.default(value)
+        self.tape.ops[start].args = self.tape.ops[start].read = slots  # channels of the buffer are those of the table
+        self._finish(node, made, (value, buffer), {}, start, in_place=False)
+        self.tape.replace(value, made)
+        self.arguments.bind(value, node)
 
     def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._paused(), torch._C.DisableTorchFunction():

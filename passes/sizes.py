@@ -18,6 +18,7 @@ from chase_fx.errors import RewriteError
 from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.rules.base import Labels
+from chase_fx.graphs.tables import TABLE
 from chase_fx.passes.numbers import fixed_value, value
 from chase_fx.passes.sites import CallSite
 
@@ -305,7 +306,7 @@ def _native_group_norm(site: CallSite) -> None:
 
 
 def _sequence(site: CallSite) -> None:
-    """``arange``, ``linspace``, ``eye``: made in full, then the kept places are taken."""
+    """``arange``, ``linspace``, ``eye``, a table: made in full, then the kept places are taken."""
     node = site.node
     live = [(d, axis) for d, axis in enumerate(site.out) if site.counts.live(axis)]
     if not live:
@@ -346,7 +347,7 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
     "deform_conv2d": _groups(11, "groups"),
     "convolution": _groups(8, "groups"),
-    **dict.fromkeys(("arange", "linspace", "logspace", "eye"), _sequence),
+    **dict.fromkeys(("arange", "linspace", "logspace", "eye", TABLE), _sequence),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(
         (

@@ -277,28 +277,33 @@ def _masked_run(
     model: nn.Module, slim: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, nn.Module]:
     dense, thin = _Calls(), _Calls()
-    states = [(m, {n: b.clone() for n, b in m.named_buffers()}) for m in (model, slim)]
+    states = [state for root in (model, slim) for state in _buffers(root)]
     with torch.no_grad():
         with dense:
             _drawn(model, args, kwargs)
         with thin:
             _drawn(slim, args, kwargs)
-        for module, buffers in states:
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+        for module, name, buffer, value in states:
+            module._buffers[name] = buffer.copy_(value)
     if len(dense.seen) != len(thin.seen):
         raise OtherCallsError("the slim module makes other calls than the model")
     kept = slim.plan.kept_indices()
     masked = masked_copy(model, kept)
-    whole = {name: buffer.clone() for name, buffer in masked.named_buffers()}
+    whole = _buffers(masked)
     _zero_buffers(masked, kept)
     out = _masked_result(masked, dense, thin, args, kwargs)
     if all(bool(t.isfinite().all()) for t in tensors(out)):
         return out, masked
     with torch.no_grad():  # something divides by a buffer, such as the periods of a rotation
-        for name, buffer in masked.named_buffers():
-            buffer.copy_(whole[name])
+        for module, name, buffer, value in whole:
+            module._buffers[name] = buffer.copy_(value)
     return _masked_result(masked, dense, thin, args, kwargs), masked
+
+
+def _buffers(root: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Each buffer, and a copy of its values: a forward may write to it, and may put another one in its place."""
+    found = [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
+    return [(m, name, b, b.clone()) for m, name, b in found]
 
 
 def _masked_result(

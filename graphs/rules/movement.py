@@ -7,6 +7,7 @@ from typing import Any
 
 from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, resolve
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
+from chase_fx.graphs.tables import TABLE
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
@@ -40,7 +41,16 @@ __all__ = [
 
 def identity(op: LabelledOp) -> Labels:
     """The same dims in the same order (contiguous, detach, alias)."""
-    return op[next(op.op.inputs())]
+    x, *rest = op.op.inputs()
+    return op[x] if op.op.call != TABLE else _table(op, x, *rest)
+
+
+def _table(op: LabelledOp, made: Slot, buffer: Slot) -> Labels:
+    """It is made whole, then cut like the buffer along the dims that the inputs leave as they are there."""
+    for axis in op[made]:
+        op.freeze(axis, "a table that the sizes of the inputs decide")
+    same = [len(buffer.shape) == len(made.shape) and buffer.shape[d] == n for d, n in enumerate(made.shape)]
+    return tuple(op[buffer][d] if same[d] else op.fixed(n) for d, n in enumerate(made.shape))
 
 
 def permute(op: LabelledOp) -> Labels:
