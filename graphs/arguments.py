@@ -241,6 +241,11 @@ class Arguments:
                 self._tie(tensor, outside)
             return self.gradients.here(outside)
         name = self._state.get(id(tensor)) or self._name_in_model(tensor)
+        twin = self.tape.twin(tensor) if name is None else None
+        if twin is not None:
+            node = self._wrapped(tensor, twin)
+            self._tie(tensor, node)
+            return self.gradients.here(node)
         if name is None and self._made_here(tensor):
             node = self._hidden(tensor)
             self._tie(tensor, node)
@@ -267,6 +272,16 @@ class Arguments:
         known = self.tape.find(tensor)
         makers = [op.op for op in self.tape.ops if known in op.outs] if known is not None else []
         return any(op is not torch.ops.aten.lift_fresh.default for op in makers) or tensor.grad_fn is not None
+
+    def _wrapped(self, tensor: torch.Tensor, twin: torch.Tensor) -> Node:
+        """Another object for ``twin``; a parameter is one that no gradient leaves."""
+        node = self.node_of(twin)
+        slot = self.tape.slot_of(twin)
+        self.tape.replace(tensor, twin)
+        if isinstance(tensor, torch.nn.Parameter):
+            node = self.graph.call_method("detach", (node,))
+            node.meta.update(source=source_line(), slot=slot)
+        return node
 
     def _hidden(self, tensor: torch.Tensor) -> Node:
         """A tensor that no call of the torch API gave, by its ATen calls."""

@@ -46,7 +46,7 @@ _COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 _READS_NUMBERS = frozenset({"item", "tolist"})
 # Calls that hand all data out: whatever comes of it is a constant.
-_READS_ALL = frozenset({"numpy", "__array__", "__complex__"})
+_READS_ALL = frozenset({"numpy", "__array__", "__complex__", "__dlpack__"})
 READS_DATA = frozenset({*_CONVERSIONS, *_COMPARISONS, *_READS_NUMBERS, *_READS_ALL})
 # Calls that give a Python value which does not depend on the data.
 _ABOUT = frozenset(

@@ -1,7 +1,7 @@
 """Tables that a forward makes of the sizes of its inputs, and keeps in a buffer until other sizes come.
 
-``if self.table.shape[1] != n: self.table = make(n)`` replaces a buffer by one of another shape. The graph makes the table
-again in every call. What it is made from stays whole, and the table is cut as the buffer would be.
+``if self.table.shape[1] != n: self.table = make(n)`` replaces a buffer by one of another shape. The graph makes the
+table again in every call. What it is made from stays whole, and the table is cut as the buffer would be.
 """
 
 from __future__ import annotations

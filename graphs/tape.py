@@ -145,6 +145,24 @@ class Tape:
         """The tensor of ``slot``, while the capture runs."""
         return self._alive[slot.index]
 
+    def operand(self, tensor: torch.Tensor) -> Slot:
+        """The slot of what goes into a call; one that was never seen may be a twin of what was."""
+        twin = None if id(tensor) in self._by_id else self.twin(tensor)
+        if twin is not None:
+            self.replace(tensor, twin)
+        return self.slot_of(tensor)
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """An earlier one in the same memory, laid out alike, of which ``nn.Parameter`` and such made another object."""
+        storage, own = _storage(tensor), self.find(tensor)
+        if own is not None and self.tensor_of(own) is not tensor:
+            return self.tensor_of(own)
+        for slot in reversed(self.slots if own is None else self.slots[: own.index]):
+            other = self._alive[slot.index]
+            if slot.storage == storage and _layout(other) == _layout(tensor):
+                return other
+        return None
+
     def add(self, tensor: torch.Tensor, kind: str = "value", name: str | None = None) -> Slot:
         """Give ``tensor`` a new slot."""
         stride = tensor.stride() if tensor.layout is torch.strided else None
@@ -170,6 +188,11 @@ class Tape:
         self._replaced.clear()
 
 
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    strided = tensor.layout is torch.strided
+    return tensor.dtype, tensor.shape, *((tensor.stride(), tensor.storage_offset()) if strided else ())
+
+
 def _storage(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -192,8 +215,8 @@ class TapeMode(TorchDispatchMode):
         if func.namespace == "prim":  # a fake tensor asked for its device
             return func(*args, **kwargs)
         tape = self.tape
-        taped_args = _replace(args, tape.slot_of)
-        taped_kwargs = _replace(kwargs, tape.slot_of) if kwargs else {}
+        taped_args = _replace(args, tape.operand)
+        taped_kwargs = _replace(kwargs, tape.operand) if kwargs else {}
         op = TapedOp(func, taped_args, taped_kwargs, ())
         dependence: tuple[set[int], ...] = ()
         try:
