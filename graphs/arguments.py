@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from chase_fx.graphs.gradients import Gradients
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.hidden import recover
 from chase_fx.graphs.live import fix, is_live, plain
-from chase_fx.graphs.opaque import Rebuild, strip
+from chase_fx.graphs.opaque import Rebuild
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Tape
@@ -132,46 +132,6 @@ class Arguments:
             raise CaptureError(f"a torch.Generator is passed to an operation at {source_line()}; graphs can't hold one")
         return value  # enums, functions, Ellipsis...
 
-    def output_to_fx(self, value: Any) -> Any:
-        """The forward's result as an FX argument; containers are rebuilt by their own class."""
-        if isinstance(value, dict):
-            items = {k: self.output_to_fx(v) for k, v in value.items()}
-            return items if type(value) is dict else self._rebuild_mapping(type(value), items)
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            elements = [self.output_to_fx(v) for v in value]
-            if hasattr(value, "_fields"):
-                return type(value)(*elements)
-            return elements if isinstance(value, list) else tuple(elements)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self.output_to_fx(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-            return self._construct(type(value), (), fields)
-        if isinstance(value, torch.Tensor) or is_live(value) or not hasattr(value, "__dict__"):
-            return self.to_fx(value)
-        return self._rebuild_object(value)
-
-    def _rebuild_object(self, value: Any) -> Any:
-        if isinstance(value, enum.Enum):
-            return value
-        if callable(value):  # a function, a class or a module is nobody's result
-            return None
-        template, holes = strip(value)
-        name = f"_chase_rebuild_{len(self.rebuilds)}"
-        self.rebuilds[name] = Rebuild(template)
-        # The module is not there yet for FX to check: it is added to the root when the capture is complete.
-        node = self.graph.create_node("call_module", name, tuple(map(self.to_fx, holes)), {})
-        node.meta["source"] = ""
-        return node
-
-    def _rebuild_mapping(self, cls: type, items: Mapping[Any, Any]) -> Node:
-        if dataclasses.is_dataclass(cls):  # the outputs of transformers are both
-            return self._construct(cls, (), dict(items))
-        return self._construct(cls, (items,), {})
-
-    def _construct(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        node = self.graph.call_function(cls, args, kwargs)
-        node.meta["source"] = ""
-        return node
-
     # -- nodes --------------------------------------------------------------------------------------------------------
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], *, plain: bool = False) -> Node:
@@ -188,12 +148,12 @@ class Arguments:
             self._numbers[key] = self.call(fn, fx_args, plain=True)
         return self._numbers[key]
 
-    def size(self, method: str, source: Node, *args: int) -> Node:
+    def size(self, method: str, source: Node, *args: int, **kwargs: Any) -> Node:
         """Write a size that is read from the tensor of ``source``, once."""
-        key = (method, source, *args)
+        key = (method, source, *args, *kwargs.items())
         if key not in self._numbers:
             with self.graph.inserting_after(source):  # before anything reshapes it in place
-                self._numbers[key] = self.graph.call_method(method, (source, *args))
+                self._numbers[key] = self.graph.call_method(method, (source, *args), kwargs)
             self._numbers[key].meta["source"] = ""
         return self._numbers[key]
 

@@ -27,7 +27,7 @@ from chase_fx.graphs.expected import (
     expect_order,
     expect_tensor,
 )
-from chase_fx.graphs.trees import attributes_of
+from chase_fx.graphs.trees import SEQUENCES, attributes_of
 
 __all__ = ["bind_default", "bind_input", "check_unchanged", "default_of"]
 
@@ -85,7 +85,7 @@ def bind_input(arguments: Arguments, value: Any, node: Node, path: str) -> None:
         arguments.tie_input(value, node, path)
         return
     items: list[tuple[Any, Any]] = []
-    if isinstance(value, (tuple, list, dict)):
+    if isinstance(value, (*SEQUENCES, dict)):
         path = _bind_count(arguments, value, node, path)
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

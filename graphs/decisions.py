@@ -17,7 +17,8 @@ from torch import nn
 from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from chase_fx.graphs.guards import agree, check_data
+from chase_fx.errors import CaptureError
+from chase_fx.graphs.guards import agree, check, check_data
 from chase_fx.graphs.live import LiveFloat, LiveInt, fix
 from chase_fx.graphs.outcomes import Decision, Outcomes
 from chase_fx.graphs.recording import Recording
@@ -51,11 +52,14 @@ READS_DATA = frozenset({*_CONVERSIONS, *_COMPARISONS, *_READS_NUMBERS, *_READS_A
 # Calls that give a Python value which does not depend on the data.
 _ABOUT = frozenset(
     {
-        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "stride",
-        "storage_offset", "element_size", "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
+        "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "stride", "element_size",
+        "get_device", "type", "has_names", "is_same_size", "result_type", "can_cast",
         "is_tensor", "is_storage", "is_pinned", "is_shared", "__hash__", "register_hook",
     }
 )  # fmt: skip
+
+# Calls that tell how a tensor lies in memory, and where.
+_LAYOUT = frozenset({"is_contiguous", "storage_offset", "data_ptr"})
 
 
 class Decisions(Recording):
@@ -73,6 +77,8 @@ class Decisions(Recording):
 
     def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose result is no tensor."""
+        if name in _LAYOUT:
+            return self._read_layout(name, out, args, kwargs)
         if name not in _ABOUT:
             self._need_values(args, kwargs)
         if name not in READS_DATA:
@@ -92,6 +98,23 @@ class Decisions(Recording):
             return out
         node = self.arguments.node_of(condition)
         return self._settle(check_data, node, out, self._writes(condition), read)
+
+    def _read_layout(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A view that another call is given may lie otherwise, so the forward may decide otherwise by it."""
+        tensor = args[0]
+        source = self.arguments.measured(tensor)
+        if source is None:
+            return out
+        line = source_line()
+        if name == "data_ptr":
+            raise CaptureError(
+                f"the forward reads the address of a tensor at {line}, which is another one at every call; compare "
+                "tensors by what they hold, or name the function in whole="
+            )
+        found = self.arguments.size(name, source, **kwargs)
+        self.deciders.setdefault(line, enclosing())
+        self.arguments.call(check, (found, "==", out, True, line), plain=True)
+        return out
 
     def _settle(self, marker: Callable[..., Any], node: Node, found: bool, writes: int = 0, read: str = "") -> bool:
         """The forward goes on with the truth of ``node``, as it was after so many writes, or otherwise."""

@@ -13,6 +13,7 @@ from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
 from chase_fx.errors import ArgumentError, CaptureError, DeviceMismatchError, NothingToPruneError
+from chase_fx.graphs.alone import alone
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
 from chase_fx.graphs.binding import bind_default, bind_input, default_of
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
@@ -132,7 +133,7 @@ def add_inputs(
 
 def _fresh(value: Any, blank: Blank | None) -> Any:
     """``value`` with tensors of its own, for a forward may write to its inputs."""
-    return map_tensors(value, lambda tensor: (tensor if blank is None else blank(tensor)).detach().clone())
+    return map_tensors(value, lambda tensor: alone(tensor if blank is None else blank(tensor)))
 
 
 def shapes(bound: inspect.BoundArguments) -> str:

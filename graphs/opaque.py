@@ -8,6 +8,8 @@ don't freeze anything.
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from typing import Any
 
 import torch
@@ -15,9 +17,15 @@ from torch import nn
 
 from chase_fx.graphs.live import is_live
 
-__all__ = ["Rebuild", "alike", "strip"]
+__all__ = ["Rebuild", "alike", "is_code", "strip"]
 
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, nn.Module)
+_CODE = (type, nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+
+
+def is_code(value: Any) -> bool:
+    """Whether a value is a function, a class or a module, rather than an object that can be called besides."""
+    return callable(value) and (isinstance(value, _CODE) or not hasattr(value, "__dict__"))
 
 
 class _Hole:
@@ -63,7 +71,7 @@ def _alike(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
     seen.add((id(a), id(b)))
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, _ATOMIC) or callable(a):
+    if isinstance(a, _ATOMIC) or is_code(a):
         return bool(a == b)
     if isinstance(a, dict) and not (list(a) == list(b) and all(_alike(a[k], b[k], seen) for k in a)):
         return False
@@ -76,7 +84,7 @@ def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:
     replaced = replace(value)
     if replaced is not None:
         return replaced
-    if isinstance(value, _ATOMIC) or callable(value):
+    if isinstance(value, _ATOMIC) or is_code(value):
         return value
     if id(value) in memo:
         return memo[id(value)]

@@ -18,6 +18,7 @@ from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.draws import draws
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.provenance import from_data, view_sizes
+from chase_fx.graphs.results import result_to_fx
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
 from chase_fx.graphs.tape import Tape, TapeMode
@@ -84,7 +85,7 @@ class Recording(TorchFunctionMode):
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""
         self._active = True
-        self.graph.output(self.arguments.output_to_fx(out))
+        self.graph.output(result_to_fx(self.arguments, out))
         if self._measures_at:
             self.arguments.guard_ranks(self._measures_at)
         self._active = False

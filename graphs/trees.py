@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,14 +10,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["attributes_of", "holds_tensor", "map_tensors", "named_tensors", "only_tensors", "tensors_in"]
+SEQUENCES = (tuple, list, collections.deque)
+
+__all__ = ["SEQUENCES", "attributes_of", "holds_tensor", "map_tensors", "named_tensors", "only_tensors", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor inside ``value``, in order."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, SEQUENCES):
         for v in value:
             yield from tensors_in(v)
     elif isinstance(value, dict):
@@ -37,7 +40,7 @@ def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tenso
         items = list(value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         items = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, SEQUENCES):
         items = list(enumerate(value))
     elif hasattr(value, "__dataclass_fields__"):
         items = [(f, getattr(value, f)) for f in value.__dataclass_fields__]
@@ -62,7 +65,7 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return [map_tensors(v, fn) for v in value]
     if type(value) is dict:
         return {k: map_tensors(v, fn) for k, v in value.items()}
-    if isinstance(value, (list, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+    if isinstance(value, (*SEQUENCES, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         return _map_object(value, fn)
     return value
 
@@ -71,11 +74,12 @@ def _map_object(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The same for a container of another class, which may have its items as attributes too."""
     new = copy.copy(value)
     items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, (list, dict)):
+    kind: Any = next((kind for kind in (dict, list, collections.deque) if isinstance(value, kind)), None)
+    if kind is not None:
         items = value.items() if isinstance(value, dict) else enumerate(value)
     made = {key: map_tensors(item, fn) for key, item in items}
     for key, item in made.items():
-        (dict if isinstance(value, dict) else list).__setitem__(new, key, item)
+        kind.__setitem__(new, key, item)
     for name, item in attributes_of(value):
         same = name in made and value[name] is item
         object.__setattr__(new, name, made[name] if same else map_tensors(item, fn))

@@ -61,6 +61,7 @@ class Key(NamedTuple):
     training: bool
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    strides: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
 
@@ -75,7 +76,7 @@ class Variants:
         recapture: makes another one for a module and its inputs; raises ChaseError where there is none.
         writes: the parameters that the module's own graph writes to.
         others: the graphs besides the module's own.
-        serving: by the mode, and the names, shapes and types of the inputs, which one runs: 0 is the module's own.
+        serving: by the mode, and the names, shapes, strides and types of the inputs, which one runs: 0 is the own one.
     """
 
     recapture: Recapture | None = None
@@ -192,7 +193,9 @@ def by_sizes(own: Forward) -> Forward:
 
 
 def _key(module: nn.Module, tensors: list[torch.Tensor], kwargs: Mapping[str, Any]) -> Key:
-    return Key(module.training, tuple(kwargs), tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors]))
+    strides = tuple([t.stride() if t.layout is torch.strided else () for t in tensors])
+    shapes, dtypes = tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors])
+    return Key(module.training, tuple(kwargs), shapes, strides, dtypes)
 
 
 def _compiled(variants: Variants, own: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:

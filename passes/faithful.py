@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from chase_fx.errors import ChaseError, VerificationError
+from chase_fx.graphs.alone import alone
 from chase_fx.graphs.attempts import copy_of, quiet_torch
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
@@ -84,7 +85,7 @@ def _settled(model: nn.Module, traced: TracedModule, inputs: Any, found: _Found)
 
 
 def _doubled(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return alone(tensor, torch.float64) if tensor.is_floating_point() else tensor
 
 
 def _run_graph(model: nn.Module, traced: TracedModule, inputs: Any) -> Any:

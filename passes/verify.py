@@ -18,6 +18,7 @@ import torch
 from torch.fx import Interpreter, Node
 
 from chase_fx.errors import ArgumentError, VerificationError
+from chase_fx.graphs.alone import alone
 from chase_fx.graphs.autocast import preserved_autocast
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
@@ -100,7 +101,7 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
         if found[1] is None or dtype is torch.float64:
             return found
         wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
-        doubled = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
+        doubled = map_tensors(inputs, lambda t: alone(t, torch.float64) if t.is_floating_point() else t)
         return _compare(wide, wide_slim, channels, masks, doubled, forced=forced, dtype=torch.float64, tolerance=_EXACT)
 
     report, node, taken = compare({})
@@ -218,7 +219,7 @@ def _same_draws() -> Iterator[None]:
 
 def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
     """Values of the placeholders in order. Clones, for a forward may write to its inputs."""
-    args, kwargs = map_tensors(inputs, lambda t: t.detach().clone())
+    args, kwargs = map_tensors(inputs, alone)
     names = [str(n.target) for n in interpreter.graph.nodes if n.op == "placeholder"]
     rest = list(args)
     used: set[str] = set()

@@ -177,7 +177,6 @@ ONE = torch.ones(1, dtype=torch.float64)
         (Slots(ONE), "a Slots that holds tensors"),
         (Holder(Holder(Holder(Holder(Holder(Holder(ONE)))))), "a Holder that holds tensors"),
         (Options(Holder(ONE)), "'given.k' is a Holder that holds tensors"),
-        (collections.deque([ONE]), "a deque that holds tensors"),
         (frozenset({ONE}), "a frozenset that holds tensors"),
         (iter([ONE]), "holds tensors"),
         (lambda y: y * ONE, None),
