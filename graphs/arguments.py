@@ -114,8 +114,9 @@ class Arguments:
     def _leaf_to_fx(self, value: Any) -> Any:
         if isinstance(value, torch.device):
             return self._device(value)
-        if isinstance(value, (np.integer, np.floating, np.bool_)):
-            return value.item()
+        if isinstance(value, np.generic):
+            found = value.item()
+            return found if not isinstance(found, np.generic) else float(found)  # there are longer ones than Python's
         if isinstance(value, type) and value in _DTYPES:
             return _DTYPES[value]
         if isinstance(value, DrawnArray):
@@ -167,6 +168,17 @@ class Arguments:
     def _number(self, value: Any) -> Any:
         """The node of a live number; one that an earlier capture left in some cache is a plain number."""
         return value.node() if value._recorder.recording() else plain(value)
+
+    def is_input(self, node: Node) -> bool:
+        """Whether ``node`` gives one of the inputs."""
+        return node in self._inputs
+
+    def keep_dtype(self, node: Node, dtype: torch.dtype) -> None:
+        """The graph only serves tensors of this type."""
+        key = ("dtype", node)
+        if key not in self._numbers:
+            self._numbers[key] = self.call(getattr, (node, "dtype"), plain=True)
+            self.call(check, (self._numbers[key], "==", dtype, True, source_line()), plain=True)
 
     def bind(self, value: Any, node: Node) -> None:
         """``node`` computes ``value``; elements of tuples and lists get a ``getitem`` each."""

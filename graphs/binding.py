@@ -26,6 +26,7 @@ from chase_fx.graphs.expected import (
     expect_left_out,
     expect_order,
     expect_tensor,
+    numbers_of,
 )
 from chase_fx.graphs.trees import SEQUENCES, attributes_of
 
@@ -81,7 +82,7 @@ def bind_input(arguments: Arguments, value: Any, node: Node, path: str) -> None:
         CaptureError: there is something in it that a graph can neither take apart nor compare.
     """
     if isinstance(value, torch.Tensor):
-        arguments.call(expect_tensor, (node, path), plain=True)
+        arguments.call(expect_tensor, (node, numbers_of(value), path), plain=True)
         arguments.tie_input(value, node, path)
         return
     items: list[tuple[Any, Any]] = []

@@ -26,6 +26,7 @@ __all__ = [
     "expect_left_out",
     "expect_order",
     "expect_tensor",
+    "numbers_of",
 ]
 
 
@@ -37,12 +38,18 @@ class Left(enum.Enum):
 
 def expect(value: Any, expected: Any, name: str) -> None:
     """Refuse a plain value that differs from the one the graph was captured with; ``True`` is not ``1`` here."""
-    if value is expected:
-        return
-    kind = type(plain(value)) is type(expected) or isinstance(expected, list)  # FX has lists of its own
-    if kind and (value == expected or (isinstance(expected, float) and math.isnan(expected) and math.isnan(value))):
-        return
-    raise ArgumentError(_other(name, repr(expected), repr(value)))
+    if value is not expected and not _same(value, expected):
+        raise ArgumentError(_other(name, repr(expected), repr(value)))
+
+
+def _same(value: Any, expected: Any) -> bool:
+    if type(plain(value)) is not type(expected) and not isinstance(expected, list):  # FX has lists of its own
+        return False
+    if isinstance(expected, float) and math.isnan(expected):
+        return math.isnan(value)
+    if isinstance(expected, float) and not expected and math.copysign(1, value) != math.copysign(1, expected):
+        return False
+    return bool(value == expected)
 
 
 def expect_kind(value: Any, kind: str, name: str) -> None:
@@ -51,10 +58,25 @@ def expect_kind(value: Any, kind: str, name: str) -> None:
         raise ArgumentError(_other(name, f"a {kind}", f"a {kind_of(value)}"))
 
 
-def expect_tensor(value: Any, name: str) -> None:
-    """Refuse what is no tensor where the forward was captured with one."""
+def expect_tensor(value: Any, numbers: str, name: str) -> None:
+    """Refuse what is no tensor where the forward was captured with one, and a tensor of other kinds of numbers.
+
+    The precision of numbers is up to the module: it may be moved to another one.
+    """
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(_other(name, "a tensor", repr(value)))
+    found = numbers_of(value)
+    if found != numbers:
+        raise OtherSizeError(_other(name, f"a tensor of {numbers} numbers", f"one of {found} numbers"), name)
+
+
+def numbers_of(tensor: torch.Tensor) -> str:
+    """What kind of numbers there are in a tensor."""
+    if tensor.dtype == torch.bool:
+        return "bool"
+    if tensor.dtype.is_floating_point:
+        return "floating"
+    return "complex" if tensor.dtype.is_complex else "whole"
 
 
 def expect_order(value: dict[str, Any], names: tuple[str, ...], name: str) -> None:

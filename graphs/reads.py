@@ -47,13 +47,21 @@ class Reads(Decisions):
         if name == "requires_grad":
             return self.arguments.requires_grad(tensor)
         if name in _PLAIN_PROPERTIES:
-            self.reads_dtype = self.reads_dtype or (name == "dtype" and (out.is_floating_point or out.is_complex))
+            if name == "dtype":
+                self._read_dtype(tensor, out)
             return out
         if not isinstance(out, torch.Tensor):
             self._need_values(args, {})
             return out
         node = self.graph.call_function(getattr, (self.arguments.to_fx(tensor), name))
         return self._finish(node, out, args, {}, start, in_place=False)
+
+    def _read_dtype(self, tensor: torch.Tensor, found: torch.dtype) -> None:
+        """Precision follows the module; whole numbers among the inputs are of the type that they had in the capture."""
+        if found.is_floating_point or found.is_complex:
+            self.reads_dtype = True
+        elif (node := self.arguments.measured(tensor)) is not None and self.arguments.is_input(node):
+            self.arguments.keep_dtype(node, found)
 
     def _write_property(self, setter: Any, args: tuple[Any, ...]) -> Any:
         """Assignments that change no value (``requires_grad``, ``data`` to itself) pass; others can't be captured."""

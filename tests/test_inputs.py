@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import math
 import pickle
 import types
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
-from chase_fx.errors import ArgumentError, CaptureError, ChaseError
+from chase_fx.errors import ArgumentError, CaptureError, ChaseError, OtherSizeError
+from chase_fx.graphs.expected import numbers_of
 from tests.oracle import assert_exact
 
 
@@ -125,6 +127,8 @@ VALUES: dict[str, tuple[Callable[[Tensor, Any], Tensor], Callable[[int], Any]]] 
     "bytes": (lambda y, o: y * len(o), lambda k: b"ab"[:k]),
     "complex": (lambda y, o: y * o.real, complex),
     "attribute of a list": (lambda y, o: y * o.k, _listed),
+    "signs of zero": (lambda y, o: y * math.copysign(1, o), lambda k: (0.0, -0.0)[k - 1]),
+    "no number": (lambda y, o: y if math.isnan(o) else -y, lambda k: (float("nan"), 1.0)[k - 1]),
     "true and one": (lambda y, o: -y if o is True else y, lambda k: (True, 1)[k - 1]),
     "one and 1.0": (lambda y, o: -y if isinstance(o, float) else y, lambda k: (1, 1.0)[k - 1]),
     "list and tuple": (lambda y, o: -y if isinstance(o, list) else y, lambda k: ([1], (1,))[k - 1]),
@@ -350,3 +354,42 @@ def test_keyword_arguments_in_another_order() -> None:
         assert_exact(model, slim, (images(),), given)
     with pytest.raises(ChaseError, match=r"'more' was \('p', 'q'\) when"):
         traced(images(), p=ONE, q=ONE, r=ONE)
+
+
+KINDS = {
+    "bool": torch.ones(8, dtype=torch.bool),
+    "whole": torch.ones(8, dtype=torch.int64),
+    "short": torch.ones(8, dtype=torch.int32),
+    "floating": torch.ones(8, dtype=torch.float64) * 2,
+}
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize(
+    "decides",
+    [lambda o: o.dtype == torch.bool, lambda o: o.dtype == torch.int64, lambda o: not o.is_floating_point()],
+    ids=["bool", "int64", "floating"],
+)
+def test_other_kinds_of_numbers(decides: Callable[[Tensor], bool], first: str) -> None:
+    """A forward may tell masks of one type from those of another: they get a graph of their own, or are refused."""
+    model = Given(lambda y, o: y * o if decides(o) else y + o).eval()
+    traced = chase_fx.trace(model, (images(), KINDS[first]))
+    for given in KINDS.values():
+        try:
+            found = traced(images(1), given)
+        except OtherSizeError:
+            assert numbers_of(given) != numbers_of(KINDS[first])
+        else:
+            assert torch.equal(found, model(images(1), given))
+
+
+@pytest.mark.parametrize("made", [np.float64, np.float32, np.int64, np.int8, np.bool_])
+def test_numbers_of_numpy_as_arguments(made: Callable[[int], Any]) -> None:
+    """They become Python's: code knows no names of NumPy."""
+    number = made(1)
+    for between in (lambda y, _: y * number, lambda y, _: torch.vmap(lambda row: row * number)(y)):
+        model = Given(between).eval()
+        traced = chase_fx.trace(model, (images(), None))
+        assert torch.equal(traced(images(1), None), model(images(1), None))
+    text = Given(lambda y, _: nn.functional.pad(y, (0, 0), mode=np.str_("constant"))).eval()
+    assert torch.equal(chase_fx.trace(text, (images(), None))(images(), None), text(images(), None))
