@@ -9,24 +9,40 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, fixed_of, kept_count, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, fixed_of, kept_count, resolve
 from chase_fx.graphs.rules.base import Labels
 from chase_fx.graphs.unification import Axes
 
-__all__ = ["Counts"]
+__all__ = ["Counts", "factors_of"]
+
+
+def factors_of(axis: Axis) -> Iterator[Axis]:
+    """What an axis was multiplied from, left to right: also what is of size 1, for it may be larger in another call."""
+    if isinstance(axis, Atom):
+        yield from [axis] if axis.ref is None else factors_of(axis.ref)
+    elif isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from factors_of(factor)
+    elif not (isinstance(axis, Fixed) and axis.size == 1 and axis.cause.op == "size 1"):
+        yield axis
 
 
 class Counts:
-    """Kept sizes under one plan."""
+    """Kept sizes under one plan.
+
+    Attributes:
+        told: axes that have their size in every call, although they stay whole: the graph has a guard for it.
+    """
 
     def __init__(self, axes: Axes, kept: Mapping[Atom, int]) -> None:
         self._axes = axes
         self._kept = kept
+        self.told: set[Axis] = set()
 
     def kept(self, axis: Axis) -> int:
         """How many indices stay."""
@@ -56,21 +72,28 @@ class Counts:
         dense, kept, _ = self._scale(axis)
         return index % dense == 0 and self.before(axis, index) == index // dense * kept
 
+    def row(self, axis: Axis) -> int:
+        """What a dense size of ``axis`` is a multiple of, whatever else goes in."""
+        return self._scale(axis)[0]
+
+    def parts(self, axis: Axis | None) -> tuple[int, int]:
+        """How many indices there are, and how many stay, in one place of what may differ from call to call."""
+        live = [] if axis is None else [f for f in factors_of(axis) if self.live(f)]
+        return math.prod(f.size for f in live), math.prod(map(self.kept, live))
+
     def _scale(self, axis: Axis) -> tuple[int, int, int]:
         """(dense, kept, offset): what a dense size is divided by, multiplied with, and shifted by.
 
-        Fixed factors (batch, space) may differ from call to call, also where they were 1 in the capture and left no
-        trace, so a size is scaled by its live part. Fixed *parts* of a concatenation are shifted instead.
+        Factors that stay whole (batch, space) may differ from call to call, also where they were 1 in the capture and
+        left no trace, so a size is scaled by its live part. *Parts* of a concatenation that stay whole are shifted
+        instead.
         """
-        axis = resolve(axis)
-        if not self.live(axis):
-            return 1, 1, 0
-        if isinstance(axis, Prod):
-            parts = [f for f in axis.factors if not isinstance(f, Fixed)]
-            return math.prod(f.size for f in parts), math.prod(map(self.kept, parts)), 0
-        if isinstance(axis, Cat) and any(True for _ in fixed_of(axis)):
-            return 1, 1, self.kept(axis) - axis.size
-        return axis.size, self.kept(axis), 0
+        factors = list(factors_of(axis))
+        if len(factors) == 1 and self.live(axis):
+            only = resolve(axis)
+            if isinstance(only, Cat) and (any(True for _ in fixed_of(only)) or not all(map(self.live, atoms_of(only)))):
+                return 1, 1, self.kept(axis) - axis.size
+        return (*self.parts(axis), 0)
 
     def shrink(self, graph: Graph, value: Any, axis: Axis) -> Any:
         """A dense size argument as a kept one. Nodes are inserted at the graph's insertion point."""
@@ -93,4 +116,6 @@ class Counts:
             for axis, (dense, kept, offset) in zip(labels, scales, strict=True)
         ]
         dense, kept = math.prod(p[0] for p in parts), math.prod(p[1] for p in parts)
+        if dense == kept:
+            return read
         return graph.call_function(operator.mul, (graph.call_function(operator.floordiv, (read, kept)), dense))

@@ -16,17 +16,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chase_fx.errors import PlanMismatchError, RewriteError
 from chase_fx.graphs.axes import Atom, Axis, keep_mask
+from chase_fx.graphs.branches import BEGINNINGS, join, otherwise
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.plan import Indices, PruningPlan
+from chase_fx.graphs.provenance import tell_data_from_sizes
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule
-from chase_fx.passes.alignment import guard_alignments
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize
-from chase_fx.passes.sites import CallSite
+from chase_fx.passes.sites import CallSite, Places
 from chase_fx.passes.sizes import CALLS
 
 __all__ = ["Cut"]
@@ -67,9 +68,9 @@ class Cut:
             RewriteError: a size argument that can't be replaced, or a module of ``root`` that would need two sizes, or
                 another one than it has if it is one of ``settled``.
         """
-        places, sizes = _Places(root, self._masks), _ModuleSizes(settled)
+        buffers, sizes = _Buffers(root, self._masks), _ModuleSizes(settled)
         return [
-            _rewrite_graph(graph, root, self._channels, k, counts=self._counts, places=places, sizes=sizes)
+            _rewrite_graph(graph, root, self._channels, k, counts=self._counts, buffers=buffers, sizes=sizes)
             for k, graph in enumerate(traced.graphs())
         ]
 
@@ -88,7 +89,7 @@ def _check_consistent(
                 )
 
 
-class _Places:
+class _Buffers:
     """Kept indices of axes as buffers of the slim module; graphs share those of the same axis."""
 
     def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
@@ -138,7 +139,7 @@ def _rewrite_graph(
     capture: int,
     *,
     counts: Counts,
-    places: _Places,
+    buffers: _Buffers,
     sizes: _ModuleSizes,
 ) -> Graph:
     new = copy.deepcopy(graph)
@@ -153,8 +154,14 @@ def _rewrite_graph(
         start, stop = node.meta.get("tape", (0, 0))
         return [facts[i] for i in range(start, stop) if i in facts]
 
+    places: Places = {}
+    around: list[Places] = []  # what was known before the branches that the node is in
     for node in list(new.nodes):
-        site = CallSite(new, node, counts, labels, noted(node), places)
+        if node.target in BEGINNINGS:
+            around.append(dict(places))
+        elif node.target in (otherwise, join):
+            places = dict(around[-1]) if node.target is otherwise else around.pop()
+        site = CallSite(new, node, counts, labels, noted(node), buffers, places)
         if node.op == "call_module":
             _resize_called(root.get_submodule(given_path(str(node.target))), site, sizes)
         elif node.op in ("call_function", "call_method"):
@@ -163,8 +170,8 @@ def _rewrite_graph(
                 _grow_read(new, node, labels, counts)
             elif name in CALLS and _touches_live(node, labels, counts):
                 CALLS[name](site)
-        guard_alignments(site)
     remove_dead_nodes(new, root)
+    tell_data_from_sizes(new, channels.info.captures[capture].tape)
     return new
 
 
@@ -189,6 +196,7 @@ def _grow_read(graph: Graph, node: Node, labels: LabelsOf, counts: Counts) -> No
         mark = graph.call_function(int, (0,))
     with graph.inserting_before(mark):
         dense = counts.grow(graph, node, chosen)
+    dense.meta["grown"] = node
     if "value" in node.meta:
         dense.meta["value"] = node.meta["value"]
     graph.erase_node(mark)

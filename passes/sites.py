@@ -12,8 +12,12 @@ from chase_fx.errors import RewriteError
 from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.passes.counts import Counts
+from chase_fx.passes.quantities import Size
 
-__all__ = ["CallSite"]
+__all__ = ["CallSite", "Handler", "Places"]
+
+# What is right of each live factor of a dim, by the dim's axis: a view that made the dim can tell, others can't.
+Places = dict[int, tuple[Axis, tuple[Size, ...]]]
 
 
 @dataclass
@@ -21,7 +25,8 @@ class CallSite:
     """One node under rewrite, with the labels of tensors and what the rules noted about it.
 
     Attributes:
-        places: makes a buffer of the kept indices of an axis, and names it.
+        buffer: makes a buffer of the kept indices of an axis, and names it.
+        places: of live factors in dims that earlier views made.
     """
 
     graph: Graph
@@ -29,7 +34,8 @@ class CallSite:
     counts: Counts
     labels: Callable[[Node], Labels | None]
     facts: Sequence[Facts]
-    places: Callable[[Axis], str]
+    buffer: Callable[[Axis], str]
+    places: Places
 
     def label(self, value: Any) -> Labels:
         """The labels of a tensor argument."""
@@ -71,3 +77,6 @@ class CallSite:
     def where(self) -> str:
         """For messages: the node and its source line."""
         return f"node '{self.node.name}' ({self.node.meta.get('source') or 'unknown line'})"
+
+
+Handler = Callable[[CallSite], None]

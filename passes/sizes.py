@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,36 +18,57 @@ from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.rules.base import Labels
 from chase_fx.graphs.tables import TABLE
-from chase_fx.passes.numbers import fixed_value, value
-from chase_fx.passes.sites import CallSite
+from chase_fx.passes import places
+from chase_fx.passes.factors import dim_size, is_certain, is_leading, lives, sequence, size_of, varies
+from chase_fx.passes.numbers import demand_equal, demand_multiple, fixed_value, has_its_size, keep_size, value
+from chase_fx.passes.quantities import Size, product
+from chase_fx.passes.sites import CallSite, Handler
+from chase_fx.passes.views import check_view
 
 __all__ = ["CALLS"]
 
 
-Handler = Callable[[CallSite], None]
-
-
-def _sizes(first: int, name: str = "size") -> Handler:
+def _sizes(first: int, name: str = "size", *, view: bool = False) -> Handler:
     """Sizes of the output's dims, as one tuple or one by one, from argument ``first`` on."""
 
     def handler(site: CallSite) -> None:
         given = site.arg(first, name)
         if isinstance(given, torch.dtype):
             return
-        labels = site.out
-        if isinstance(given, (tuple, list)):
-            site.set(first, name, _shrink_all(site, given, labels))
-        elif len(site.node.args) > first:
-            sizes = _shrink_all(site, site.node.args[first:], labels)
-            site.node.args = (*site.node.args[:first], *sizes)
+        together = isinstance(given, (tuple, list))
+        sizes = given if together else site.node.args[first:]
+        if not together and not sizes:
+            return
+        if view:
+            check_view(site, site.arg(0, "input"), sizes)
+        new = _shrink_all(site, sizes, site.out, followed=view)
+        if together:
+            site.set(first, name, new)
+        else:
+            site.node.args = (*site.node.args[:first], *new)
 
     return handler
 
 
-def _shrink_all(site: CallSite, sizes: Sequence[Any], labels: Labels) -> tuple[Any, ...]:
+def _shrink_all(site: CallSite, sizes: Sequence[Any], labels: Labels, *, followed: bool = False) -> tuple[Any, ...]:
     if len(sizes) != len(labels):
         raise RewriteError(f"{site.where()}: {len(sizes)} sizes for {len(labels)} dims")
+    if not followed:
+        for size, axis in zip(sizes, labels, strict=True):
+            _follow(site, size, axis)
     return tuple(site.shrink(s, axis) for s, axis in zip(sizes, labels, strict=True))
+
+
+def _follow(site: CallSite, number: Any, axis: Axis) -> None:
+    """A computed size of a live dim is its size in the capture, or that of more rows of what is live in it."""
+    factors = sequence(site.counts, axis)
+    if not lives(factors) or not isinstance(number, Node) or not varies(site, number):
+        return
+    size, row = size_of(site, number), Size() * math.prod(factor.size for factor in lives(factors))
+    if is_certain(factors) and not (size / row).whole:  # batch x channels may leave no trace of a batch of 1
+        fixed_value(site, number)
+    elif all(factor.certain for factor in lives(factors)):
+        demand_multiple(site, size, row)
 
 
 def _repeats(site: CallSite) -> None:
@@ -73,9 +93,15 @@ def _copies(site: CallSite, number: Any, before: Axis | None, after: Axis) -> An
     dense, new = after.size // max(old, 1), site.counts.kept(after) // max(kept, 1)
     if new == dense or not isinstance(number, Node):
         return number if new == dense else new
+    (size, left), (size_before, left_before) = site.counts.parts(after), site.counts.parts(before)
+    row, new_row = size // size_before, left // left_before
+    if row == dense:
+        fixed_value(site, number)
+        return new
+    demand_multiple(site, size_of(site, number), Size() * row)
     with site.graph.inserting_before(site.node):
-        share = site.graph.call_function(operator.floordiv, (number, dense))
-        return site.graph.call_function(operator.mul, (share, new))
+        share = site.graph.call_function(operator.floordiv, (number, row))
+        return site.graph.call_function(operator.mul, (share, new_row))
 
 
 def _repeat_interleave(site: CallSite) -> None:
@@ -87,96 +113,6 @@ def _repeat_interleave(site: CallSite) -> None:
         total = site.arg(3, "output_size")
         if total is not None:
             site.set(3, "output_size", site.shrink(total, outer[d]))
-
-
-def _split(site: CallSite) -> None:
-    """``split``, ``chunk``, ``tensor_split``: consecutive slices become explicit kept sizes."""
-    x = site.arg(0, "tensor", site.node.kwargs.get("input"))
-    dim = site.arg(2, "dim", 0) % len(site.label(x))
-    axis = site.label(x)[dim]
-    if not site.counts.live(axis):
-        return
-    bounds = _bounds(site, axis.size)
-    sizes = [site.counts.between(axis, a, b) for a, b in pairwise(bounds)]
-    site.node.target = "split" if site.node.op == "call_method" else torch.split
-    site.node.args, site.node.kwargs = (x, sizes, dim), {}
-
-
-def _bounds(site: CallSite, size: int) -> list[int]:
-    name = call_name(site.node)
-    sections: Any = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
-    sections = site.node.kwargs.get("split_size", sections)
-    sections = site.node.kwargs.get("indices_or_sections", sections)
-    if len(site.node.args) > 1:
-        sections = site.node.args[1]
-    if isinstance(sections, (list, tuple)):
-        sections = [fixed_value(site, s) for s in sections]
-        return [0, *sections, size] if name == "tensor_split" else [sum(sections[:i]) for i in range(len(sections) + 1)]
-    count = int(fixed_value(site, sections))
-    if name == "tensor_split":
-        q, r = divmod(size, count)
-        lengths = [q + (i < r) for i in range(count)]
-        return [sum(lengths[:i]) for i in range(count + 1)]
-    step = -(-size // count) if "chunk" in name else count
-    return [*range(0, size, step), size]
-
-
-def _getitem(site: CallSite) -> None:
-    """``x[...]`` and ``x[...] = y`` with constant places on live dims."""
-    x: Any = site.node.args[0]
-    index: Any = site.node.args[1]
-    if not isinstance(x, Node) or site.labels(x) is None:
-        return
-    labels = site.label(x)
-    single = not isinstance(index, tuple)
-    items = [index] if single else list(index)
-    taken = sum(_consumes(i) for i in items)
-    d, out = 0, list[Any]()
-    for item in items:
-        if item is Ellipsis:
-            out.append(item)
-            d += len(labels) - taken
-            continue
-        out.append(_place(site, item, labels[d]) if _consumes(item) else item)
-        d += _consumes(item)
-    site.node.update_arg(1, out[0] if single else tuple(out))
-
-
-def _consumes(item: Any) -> int:
-    if item is None or item is Ellipsis or isinstance(item, bool):
-        return 0
-    if isinstance(item, Node):
-        slot = item.meta.get("slot")
-        return len(slot.shape) if slot is not None and slot.dtype is torch.bool else 1
-    return 1
-
-
-def _place(site: CallSite, item: Any, axis: Axis) -> Any:
-    if not site.counts.live(axis) or isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
-        return item
-    if isinstance(item, (int, Node)):
-        return site.counts.before(axis, fixed_value(site, item) % axis.size)
-    if isinstance(item, slice):
-        return _slice(site, item, axis)
-    raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
-
-
-def _slice(site: CallSite, item: slice, axis: Axis) -> slice:
-    if item.step not in (None, 1):
-        return slice(item.start, None, item.step)  # rows of ``step`` stay whole, so the same place is taken of each
-    bounds = slice(value(site, item.start), value(site, item.stop), item.step)
-    start, stop, _ = bounds.indices(axis.size)
-    new_start = None if bounds.start is None else _bound(site, item.start, start, axis)
-    new_stop = None if bounds.stop is None else _bound(site, item.stop, max(start, stop), axis)
-    return slice(new_start, new_stop, item.step)
-
-
-def _bound(site: CallSite, given: Any, place: int, axis: Axis) -> Any:
-    """Where dense index ``place`` is found; a computed bound between rows of batch x channels stays computed."""
-    if isinstance(given, Node) and site.counts.scales(axis, place) and value(site, given) == place:
-        return site.shrink(given, axis)
-    fixed_value(site, given)
-    return site.counts.before(axis, place)
 
 
 def _restride(site: CallSite) -> None:
@@ -203,34 +139,6 @@ def _reads_stride(value: Any) -> bool:
     return value.target == "stride" or any("slot" not in n.meta and _reads_stride(n) for n in value.all_input_nodes)
 
 
-def _narrow(site: CallSite) -> None:
-    x, dim, start, length = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "start"), site.arg(3, "length")
-    labels = site.label(x)
-    axis = labels[dim % len(labels)]
-    if site.counts.live(axis):
-        start, length = fixed_value(site, start) % axis.size, fixed_value(site, length)
-        site.set(2, "start", site.counts.before(axis, start))
-        site.set(3, "length", site.counts.between(axis, start, start + length))
-
-
-def _cut(site: CallSite) -> None:
-    """``aten.slice(x, dim, start, end, step)``."""
-    x, dim = site.arg(0, "input"), site.arg(1, "dim", 0)
-    labels = site.label(x)
-    axis = labels[dim % len(labels)]
-    if site.counts.live(axis):
-        found = _slice(site, slice(site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step")), axis)
-        site.node.args, site.node.kwargs = (x, dim, found.start, found.stop, found.step or 1), {}
-
-
-def _select(site: CallSite) -> None:
-    x, dim, index = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "index")
-    labels = site.label(x)
-    axis = labels[dim % len(labels)]
-    if site.counts.live(axis):
-        site.set(2, "index", site.counts.before(axis, fixed_value(site, index) % axis.size))
-
-
 def _squeeze(site: CallSite) -> None:
     """A dim of channels stays a dim, also where the plan leaves one of them."""
     labels = site.labels(site.arg(0, "input"))
@@ -245,23 +153,35 @@ def _squeeze(site: CallSite) -> None:
 
 def _unflatten(site: CallSite) -> None:
     x, dim, sizes = site.arg(0, "input"), site.arg(1, "dim"), site.arg(2, "sizes")
-    first = dim % len(site.label(x))
+    rank = len(site.label(x))
+    first = dim % rank
+    around = [dim_size(site, x, d) for d in range(rank) if d != first]
+    check_view(site, x, (*around[:first], *sizes, *around[first:]))
     labels = site.out[first : first + len(sizes)]
-    site.set(2, "sizes", _shrink_all(site, sizes, labels))
+    site.set(2, "sizes", _shrink_all(site, sizes, labels, followed=True))
 
 
-def _pad(site: CallSite) -> None:
-    amounts, outer = site.arg(1, "pad"), site.out
-    if site.arg(2, "mode", "constant") != "constant" or not isinstance(amounts, (tuple, list)):
-        return
-    new = list(amounts)
-    for k in range(len(amounts) // 2):
-        axis = outer[len(outer) - 1 - k]
-        if site.counts.live(axis):
-            before, after = (fixed_value(site, n) for n in amounts[2 * k : 2 * k + 2])
-            new[2 * k] = site.counts.between(axis, 0, before)
-            new[2 * k + 1] = site.counts.between(axis, axis.size - after, axis.size)
-    site.set(1, "pad", tuple(new))
+def _flatten(site: CallSite) -> None:
+    x = site.arg(0, "input")
+    rank = len(site.label(x))
+    if not rank or call_name(site.node) == "ravel":
+        first, last = 0, rank - 1
+    else:
+        first, last = site.arg(1, "start_dim", 0) % rank, site.arg(2, "end_dim", -1) % rank
+    sizes = [dim_size(site, x, d) for d in range(rank)]
+    check_view(site, x, (*sizes[:first], product(sizes[first : last + 1]), *sizes[last + 1 :]))
+
+
+def _view_as(site: CallSite) -> None:
+    """The other tensor only tells sizes, and may be cut in another way."""
+    x, other = site.arg(0, "input"), site.arg(1, "other")
+    check_view(site, x, [dim_size(site, other, d) for d in range(len(site.label(other)))])
+    with site.graph.inserting_before(site.node):
+        reads = [site.graph.call_method("size", (other, d)) for d in range(len(site.label(other)))]
+        sizes = [site.counts.grow(site.graph, r, (a,)) for r, a in zip(reads, site.label(other), strict=True)]
+    new = _shrink_all(site, sizes, site.out, followed=True)
+    site.node.target = call_name(site.node).removesuffix("_as")
+    site.node.args, site.node.kwargs = (x, *new), {}
 
 
 def _normalized_shape(site: CallSite) -> None:
@@ -271,15 +191,28 @@ def _normalized_shape(site: CallSite) -> None:
         site.set(1, "normalized_shape", _shrink_all(site, shape, labels[len(labels) - len(shape) :]))
 
 
-def _groups(index: int, name: str) -> Handler:
+def _groups(index: int, name: str, dim: int) -> Handler:
     def handler(site: CallSite) -> None:
-        group = site.note("groups")
-        if group is None or not site.counts.live(group):
-            return
-        old = site.arg(index, name)  # a computed count (batch x channels) scales, a number is replaced
-        site.set(index, name, site.shrink(old, group) if isinstance(old, Node) else site.counts.kept(group))
+        old = site.arg(index, name)
+        group, x = site.note("groups"), site.arg(0, "input")
+        if isinstance(old, Node) and varies(site, old):
+            _follow_groups(site, old, group, x, len(site.label(x)) + dim if dim < 0 else dim)
+        if group is not None and site.counts.live(group):  # a computed count (batch x channels) scales
+            site.set(index, name, site.shrink(old, group) if isinstance(old, Node) else site.counts.kept(group))
 
     return handler
+
+
+def _follow_groups(site: CallSite, number: Node, group: Axis | None, x: Node, dim: int) -> None:
+    """As many channels are in a group as in the capture: where batch x channels are grouped, the groups follow it."""
+    axis = site.label(x)[dim]
+    factors = sequence(site.counts, axis)
+    if not lives(factors) and (group is None or not site.counts.live(group)):
+        return
+    width = axis.size // value(site, number)
+    if not is_leading(factors) or not demand_equal(site, size_of(site, number) * width, dim_size(site, x, dim)):
+        fixed_value(site, number)
+        keep_size(site, x, dim)
 
 
 def _attention(site: CallSite) -> None:
@@ -302,7 +235,7 @@ def _native_group_norm(site: CallSite) -> None:
     for index, name, axes in ((3, "N", [samples]), (4, "C", [channels]), (5, "HxW", space)):
         if any(map(site.counts.live, axes)):
             site.set(index, name, math.prod(map(site.counts.kept, axes)))
-    _groups(6, "group")(site)
+    _groups(6, "group", 1)(site)
 
 
 def _sequence(site: CallSite) -> None:
@@ -312,41 +245,61 @@ def _sequence(site: CallSite) -> None:
     if not live:
         return
     with site.graph.inserting_before(node):
-        value = site.graph.create_node("call_function", node.target, node.args, node.kwargs)
-        taken = [(d, site.graph.create_node("get_attr", site.places(axis))) for d, axis in live]
+        made = site.graph.create_node("call_function", node.target, node.args, node.kwargs)
+        if any(varies(site, part) for part in node.all_input_nodes):
+            for d, axis in live:
+                read = site.graph.call_method("size", (made, d))
+                has_its_size(site, Size.of(read, read), axis.size)
+        taken = [(d, site.graph.create_node("get_attr", site.buffer(axis))) for d, axis in live]
         for d, index in taken[:-1]:
-            value = site.graph.call_function(torch.index_select, (value, d, index))
+            made = site.graph.call_function(torch.index_select, (made, d, index))
     # The node itself is the last one that takes: its name and its users stay.
     d, index = taken[-1]
-    node.target, node.args, node.kwargs = torch.index_select, (value, d, index), {}
+    node.target, node.args, node.kwargs = torch.index_select, (made, d, index), {}
+
+
+def _window(index: int, name: str, dim: int) -> Handler:
+    """Calls that take the channels of ``dim`` together with places of a window: it has its size."""
+
+    def handler(site: CallSite) -> None:
+        given = site.arg(index, name)
+        if site.counts.live(site.label(site.arg(0, "input"))[dim]):
+            for number in given if isinstance(given, (tuple, list)) else [given]:
+                fixed_value(site, number)
+
+    return handler
 
 
 # function or method name -> what to do about its size arguments
 CALLS: dict[str, Handler] = {
-    **dict.fromkeys(
-        ("view", "reshape", "expand", "broadcast_to", "view_copy", "expand_copy", "_unsafe_view"), _sizes(1)
-    ),
-    "reshape": _sizes(1, "shape"),
+    **dict.fromkeys(("view", "view_copy", "_unsafe_view"), _sizes(1, view=True)),
+    "reshape": _sizes(1, "shape", view=True),
+    **dict.fromkeys(("view_as", "reshape_as"), _view_as),
+    **dict.fromkeys(("flatten", "ravel"), _flatten),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("expand", "broadcast_to", "expand_copy"), _sizes(1)),
     "as_strided": _restride,
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
     **dict.fromkeys(("zeros", "ones", "empty", "full"), _sizes(0)),
     **dict.fromkeys(("repeat", "tile"), _repeats),
     "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), _split),
-    **dict.fromkeys(("getitem", "setitem"), _getitem),
-    "narrow": _narrow,
-    "select": _select,
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), places.split
+    ),
+    **dict.fromkeys(("getitem", "setitem"), places.getitem),
+    "narrow": places.narrow,
+    "select": places.select,
+    "slice": places.slice_,
+    **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), places.pad),
     **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
-    "slice": _cut,
-    "unflatten": _unflatten,
-    **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _normalized_shape),
-    "group_norm": _groups(1, "num_groups"),
-    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups(1, "groups")),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups(6, "groups")),
-    "deform_conv2d": _groups(11, "groups"),
-    "convolution": _groups(8, "groups"),
+    "group_norm": _groups(1, "num_groups", 1),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups(1, "groups", 1)),
+    **{f"{kind}{n}d": _groups(6, "groups", -1 - n) for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
+    "deform_conv2d": _groups(11, "groups", 1),
+    "convolution": _groups(8, "groups", 1),
+    "pixel_shuffle": _window(1, "upscale_factor", -3),
+    **dict.fromkeys(("fold", "col2im"), _window(2, "kernel_size", -2)),
     **dict.fromkeys(("arange", "linspace", "logspace", "eye", TABLE), _sequence),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(

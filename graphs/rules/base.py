@@ -12,7 +12,7 @@ from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, 
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
-__all__ = ["Alignment", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
 
 Labels = tuple[Axis, ...]
 
@@ -33,23 +33,6 @@ class Edge:
     cause: Cause
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """What a view takes for granted: numbers in its code are the sizes of space next to channels.
-
-    Attributes:
-        slot: the tensor that is viewed.
-        dims: those of its dims that are space and meet numbers.
-        product: of their sizes, as the labels have it.
-        channels: the axes that would be taken apart otherwise.
-    """
-
-    slot: Slot
-    dims: tuple[int, ...]
-    product: int
-    channels: tuple[Axis, ...]
-
-
 @dataclass
 class Facts:
     """What a rule noted about one operator, for the rewrite and for the masked reference.
@@ -59,14 +42,12 @@ class Facts:
         reduced: (slot, dim) pairs that are reduced in another way (mean, variance): only kept units are seen.
         produced: output dims of a contraction, from which weights can be told to be producers of channels.
         notes: axes that are no tensor dim but a size argument, such as the groups of a convolution.
-        alignments: what holds at the sizes of the example only.
     """
 
     contracted: list[tuple[Slot, int]] = field(default_factory=list)
     reduced: list[tuple[Slot, int]] = field(default_factory=list)
     produced: list[Axis] = field(default_factory=list)
     notes: dict[str, Axis] = field(default_factory=dict)
-    alignments: list[Alignment] = field(default_factory=list)
 
 
 class LabelledOp:
@@ -183,6 +164,11 @@ class LabelledOp:
             None if read is None else {self.is_space(self._labels[slot.index][d]) for slot, d in read.origins}
             for read in self.op.sizes
         ]
+
+    def reads(self, dim: int, axis: Axis) -> bool:
+        """Whether the size of dim ``dim`` of a view was computed from that of ``axis``."""
+        read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None
+        return read is not None and any(self._labels[slot.index][d] is axis for slot, d in read.origins)
 
     def is_multiple(self, dim: int, axes: Sequence[Axis]) -> bool:
         """Whether the size of dim ``dim`` of a view is a multiple of the product of ``axes``, whatever goes in."""

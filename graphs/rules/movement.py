@@ -96,12 +96,13 @@ def unsqueeze(op: LabelledOp) -> Labels:
 def expand(op: LabelledOp) -> Labels:
     """``expand(x, sizes)``: a repeated dim of size 1 holds copies of which any number may be kept."""
     x = next(op.op.inputs())
-    labels = op[x]
+    labels, sizes = op[x], op.named("size", ())
     new = len(op.out.shape) - len(labels)
     out: list[Axis] = []
     for d, size in enumerate(op.out.shape):
         if d >= new and x.shape[d - new] == size:
-            out.append(labels[d - new])
+            named = size == 1 and d < len(sizes) and sizes[d] == 1  # by a number that may be larger in another call
+            out.append(op.fixed(1) if named else labels[d - new])
         else:
             out.append(_copies(op, x, size, d))
     return tuple(out)

@@ -22,7 +22,7 @@ def broadcast(op: LabelledOp) -> list[Labels]:
                 if len(slot.shape) < back or slot.shape[-back] != size:
                     continue
                 axis = op[slot][-back]
-                if label is None:
+                if label is None or (size == 1 and not op.is_space(label)):  # of parameters, it is 1 in every call
                     label = axis
                 else:
                     op.tie(label, axis)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 from chase_fx.graphs.axes import Axis, Prod, atoms_of, resolve
-from chase_fx.graphs.rules.alignment import alignments
 from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels
 from chase_fx.graphs.rules.blocks import blocks
 
@@ -22,11 +21,10 @@ def reshape(op: LabelledOp) -> Labels:
     """``view``, ``reshape``, ``flatten``, ``unflatten``, ``_unsafe_view``."""
     x = next(op.op.inputs())
     before = op[x]
-    after = _told(op, reshape_labels(op, before, op.out.shape))
+    after = _told(op, _with_ones(op, before, reshape_labels(op, before, op.out.shape)))
     if _depends_on_space(op, before, after):
         for axis in before:
             op.freeze(axis, "a view mixes it with space, in a way that the size of the input decides")
-    op.facts.alignments.extend(alignments(op, x))
     return after
 
 
@@ -36,6 +34,39 @@ def _told(op: LabelledOp, labels: Labels) -> Labels:
         return labels
     told = [read is not None and True not in read for read in op.read_from()]
     return tuple(op.fixed(1, TOLD) if axis.size == 1 and t else axis for axis, t in zip(labels, told, strict=True))
+
+
+def _with_ones(op: LabelledOp, before: Labels, after: Labels) -> Labels:
+    """Dims of channels that a view put together with a batch or space of size 1 have it as a factor.
+
+    It leaves no trace in their sizes, and may be larger in another call. It goes to a dim of size 1 at its place, if
+    there is one; else to the dim beside it whose size was read from it, or may have been.
+    """
+    ones = {d for d, axis in enumerate(before) if axis.size == 1 and op.is_space(axis)}
+    if 0 in op.out.shape:
+        return after
+    open_ = [read is None or True in read for read in op.read_from()]
+    labels = [axis if may_grow else _without_ones(axis) for axis, may_grow in zip(after, open_, strict=True)]
+    if not ones:
+        return tuple(labels)
+    last = end = -1
+    for dims, ends in (*blocks([axis.size for axis in before], op.out.shape), ([len(before)], [len(after)])):
+        if len(ends) == 1 and len(dims) > 1 and not ones.isdisjoint(range(dims[0], dims[-1])):
+            labels[ends[0]] = Prod(before[d] for d in range(dims[0], dims[-1] + 1))
+        taken = sum(open_[end + 1 : ends[0]])
+        for d in sorted(ones.intersection(range(last + 1, dims[0])))[taken:]:
+            sides = [e for e in (end, ends[0]) if 0 <= e < len(after) and open_[e]]
+            for e in sorted(sides, key=lambda e: not op.reads(e, before[d]))[:1]:
+                labels[e] = Prod((labels[e], before[d]) if e == end else (before[d], labels[e]))
+        last, end = dims[-1], ends[-1]
+    return tuple(new if any(atoms_of(new)) else old for new, old in zip(labels, after, strict=True))
+
+
+def _without_ones(axis: Axis) -> Axis:
+    if not isinstance(axis, Prod):
+        return axis
+    factors = [_without_ones(factor) for factor in axis.factors if factor.size != 1]
+    return axis if [*map(id, factors)] == [*map(id, axis.factors)] else Prod(factors)
 
 
 def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:

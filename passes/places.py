@@ -1,0 +1,176 @@
+"""Calls that take channels by their places: slices, subscripts, splits, padding.
+
+The graph holds where the kept channels are. So the numbers have to be what they were in the capture, and so has the
+size of the dim, unless all that may have another size is left of the channels: there, places follow the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from chase_fx.errors import RewriteError
+from chase_fx.graphs.axes import Axis, Cat
+from chase_fx.graphs.calls import call_name
+from chase_fx.passes.factors import is_leading, sequence, size_of
+from chase_fx.passes.numbers import demand_multiple, fixed_value, keep_size, value
+from chase_fx.passes.quantities import Size
+from chase_fx.passes.sites import CallSite
+
+__all__ = ["getitem", "narrow", "pad", "select", "slice_", "split"]
+
+
+def split(site: CallSite) -> None:
+    """``split``, ``chunk``, ``tensor_split``: consecutive slices become explicit kept sizes."""
+    x = site.arg(0, "tensor", site.node.kwargs.get("input"))
+    dim = site.arg(2, "dim", 0) % len(site.label(x))
+    axis = site.label(x)[dim]
+    if not site.counts.live(axis):
+        return
+    keep_size(site, x, dim)
+    bounds = _bounds(site, axis.size)
+    sizes = [site.counts.between(axis, a, b) for a, b in pairwise(bounds)]
+    site.node.target = "split" if site.node.op == "call_method" else torch.split
+    site.node.args, site.node.kwargs = (x, sizes, dim), {}
+
+
+def _bounds(site: CallSite, size: int) -> list[int]:
+    name = call_name(site.node)
+    sections: Any = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
+    sections = site.node.kwargs.get("split_size", sections)
+    sections = site.node.kwargs.get("indices_or_sections", sections)
+    if len(site.node.args) > 1:
+        sections = site.node.args[1]
+    if isinstance(sections, (list, tuple)):
+        sections = [fixed_value(site, s) for s in sections]
+        return [0, *sections, size] if name == "tensor_split" else [sum(sections[:i]) for i in range(len(sections) + 1)]
+    count = int(fixed_value(site, sections))
+    if name == "tensor_split":
+        q, r = divmod(size, count)
+        lengths = [q + (i < r) for i in range(count)]
+        return [sum(lengths[:i]) for i in range(count + 1)]
+    step = -(-size // count) if "chunk" in name else count
+    return [*range(0, size, step), size]
+
+
+def getitem(site: CallSite) -> None:
+    """``x[...]`` and ``x[...] = y`` with constant places on live dims."""
+    x: Any = site.node.args[0]
+    index: Any = site.node.args[1]
+    if not isinstance(x, Node) or site.labels(x) is None:
+        return
+    labels = site.label(x)
+    single = not isinstance(index, tuple)
+    items = [index] if single else list(index)
+    taken = sum(_consumes(i) for i in items)
+    d, out = 0, list[Any]()
+    for item in items:
+        if item is Ellipsis:
+            out.append(item)
+            d += len(labels) - taken
+            continue
+        out.append(_place(site, item, x, d) if _consumes(item) else item)
+        d += _consumes(item)
+    site.node.update_arg(1, out[0] if single else tuple(out))
+
+
+def _consumes(item: Any) -> int:
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    if isinstance(item, Node):
+        slot = item.meta.get("slot")
+        return len(slot.shape) if slot is not None and slot.dtype is torch.bool else 1
+    return 1
+
+
+def _place(site: CallSite, item: Any, x: Node, dim: int) -> Any:
+    axis = site.label(x)[dim]
+    if not site.counts.live(axis) or isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
+        return item
+    if isinstance(item, (int, Node)):
+        return _index(site, item, x, dim)
+    if isinstance(item, slice):
+        return _slice(site, item, x, dim)
+    raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
+
+
+def _index(site: CallSite, number: Any, x: Node, dim: int) -> int:
+    """Where one index of a live dim is found."""
+    axis, place = site.label(x)[dim], fixed_value(site, number)
+    if place < 0 or not is_leading(sequence(site.counts, axis)):
+        keep_size(site, x, dim)
+    return site.counts.before(axis, place % axis.size)
+
+
+def _slice(site: CallSite, item: slice, x: Node, dim: int) -> slice:
+    axis, step = site.label(x)[dim], fixed_value(site, item.step)
+    given = slice(item.start, None if item.stop == sys.maxsize else item.stop, step)
+    bounds = slice(value(site, given.start), value(site, given.stop), step)
+    ends = [n for n in (bounds.start, bounds.stop) if n not in (None, 0)]
+    if any(not 0 <= n <= axis.size for n in ends) or (ends and not is_leading(sequence(site.counts, axis))):
+        keep_size(site, x, dim)
+    if step not in (None, 1):  # rows of ``step`` stay whole, so the same place is taken of each
+        if bounds.stop is not None or not is_leading(sequence(site.counts, axis)):
+            keep_size(site, x, dim)
+        fixed_value(site, given.stop)
+        return slice(fixed_value(site, given.start), None, step)
+    start, stop, _ = bounds.indices(axis.size)
+    new_start = None if bounds.start is None else _bound(site, given.start, start, axis)
+    new_stop = None if bounds.stop is None else _bound(site, given.stop, max(start, stop), axis)
+    return slice(new_start, new_stop, step)
+
+
+def _bound(site: CallSite, given: Any, place: int, axis: Axis) -> Any:
+    """Where dense index ``place`` is found; a computed bound between rows of batch x channels stays computed."""
+    if isinstance(given, Node) and site.counts.scales(axis, place) and value(site, given) == place:
+        demand_multiple(site, size_of(site, given), Size() * site.counts.row(axis))
+        return site.shrink(given, axis)
+    fixed_value(site, given)
+    return site.counts.before(axis, place)
+
+
+def narrow(site: CallSite) -> None:
+    """``narrow(x, dim, start, length)``."""
+    x, dim = site.arg(0, "input"), site.arg(1, "dim") % len(site.label(site.arg(0, "input")))
+    axis = site.label(x)[dim]
+    if site.counts.live(axis):
+        start, length = fixed_value(site, site.arg(2, "start")), fixed_value(site, site.arg(3, "length"))
+        new_start = _index(site, start, x, dim)
+        site.set(2, "start", new_start)
+        site.set(3, "length", site.counts.before(axis, start % axis.size + length) - new_start)
+
+
+def slice_(site: CallSite) -> None:
+    """``aten.slice(x, dim, start, end, step)``."""
+    x, dim = site.arg(0, "input"), site.arg(1, "dim", 0) % len(site.label(site.arg(0, "input")))
+    if site.counts.live(site.label(x)[dim]):
+        found = _slice(site, slice(site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step")), x, dim)
+        site.node.args, site.node.kwargs = (x, dim, found.start, found.stop, found.step or 1), {}
+
+
+def select(site: CallSite) -> None:
+    """``select(x, dim, index)``."""
+    x, dim = site.arg(0, "input"), site.arg(1, "dim") % len(site.label(site.arg(0, "input")))
+    if site.counts.live(site.label(x)[dim]):
+        site.set(2, "index", _index(site, site.arg(2, "index"), x, dim))
+
+
+def pad(site: CallSite) -> None:
+    """``pad(x, amounts)``: padding on both ends of a live dim."""
+    amounts, outer = site.arg(1, "pad"), site.out
+    if site.arg(2, "mode", "constant") != "constant" or not isinstance(amounts, (tuple, list)):
+        return
+    new = list(amounts)
+    for k in range(len(amounts) // 2):
+        axis = outer[len(outer) - 1 - k]
+        if site.counts.live(axis):
+            before, after = (fixed_value(site, n) for n in amounts[2 * k : 2 * k + 2])
+            new[2 * k] = site.counts.between(axis, 0, before)
+            new[2 * k + 1] = site.counts.between(axis, axis.size - after, axis.size)
+            if isinstance(axis, Cat):
+                site.counts.told.update(axis.parts[: before > 0] + axis.parts[len(axis.parts) - (after > 0) :])
+    site.set(1, "pad", tuple(new))
