@@ -157,6 +157,8 @@ class Tape:
         storage, own = _storage(tensor), self.find(tensor)
         if own is not None and self.tensor_of(own) is not tensor:
             return self.tensor_of(own)
+        if own is not None and any(own in op.outs for op in self.ops):  # a call made it, which the graph can have
+            return None
         for slot in reversed(self.slots if own is None else self.slots[: own.index]):
             other = self._alive[slot.index]
             if slot.storage == storage and _layout(other) == _layout(tensor):
@@ -189,8 +191,9 @@ class Tape:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    strided = tensor.layout is torch.strided
-    return tensor.dtype, tensor.shape, *((tensor.stride(), tensor.storage_offset()) if strided else ())
+    with torch._C.DisableTorchFunction():  # the forward does not look at it
+        strided = tensor.layout is torch.strided
+        return tensor.dtype, tensor.shape, *((tensor.stride(), tensor.storage_offset()) if strided else ())
 
 
 def _storage(tensor: torch.Tensor) -> int:
