@@ -127,6 +127,9 @@ def _restride(site: CallSite) -> None:
             new.append(stride)
             continue
         dim = max((d for d, s in enumerate(dense) if s and known % s == 0), key=lambda d: dense[d])
+        if isinstance(stride, int):  # it counts what is right of the dim, as that is in the example
+            for right in range(dim + 1, len(dense)):
+                keep_size(site, x, right)
         with site.graph.inserting_before(site.node):
             now = site.graph.call_method("stride", (x, dim))
             new.append(site.graph.call_function(operator.mul, (now, known // dense[dim])))

@@ -150,3 +150,35 @@ def test_space_of_size_one_before_a_view() -> None:
     assert net(larger).shape == (8, 2)
     with pytest.raises(OtherSizeError):
         slim(larger)
+
+
+@pytest.mark.parametrize(
+    ("step", "refused"),
+    [
+        (lambda m, y: m.long(y.flatten(1)[:, :64]), True),
+        (lambda m, y: m.one(y.flatten(1)[:, 64:].sum(1, keepdim=True)), True),
+        (lambda m, y: m.one(y.flatten(1).narrow(1, 8, 64).sum(1, keepdim=True)), True),
+        (lambda m, y: m.one(y.flatten(1).split(64, 1)[0].sum(1, keepdim=True)), True),
+        (lambda m, y: m.out(torch.as_strided(y.contiguous(), (len(y), 16, 8), (128, 8, 1)).mean(-1)), True),
+        (lambda m, y: m.out(y.flatten(0, 1)[:16].mean(1)[None]), False),
+        (lambda m, y: m.part(y[:, 4:].mean(2)), False),
+    ],
+)
+def test_places_in_channels_and_space_are_guarded(step: Callable[[nn.Module, Tensor], Tensor], refused: bool) -> None:
+    """The first 64 of channels x space are other channels where there is more space."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return step(m, m.b(m.a(x).relu()).relu())
+
+    torch.manual_seed(0)
+    x, larger = torch.randn(3, 3, 8, dtype=torch.float64), torch.randn(3, 3, 16, dtype=torch.float64)
+    parts = {"out": nn.Linear(16, 2), "long": nn.Linear(64, 2), "one": nn.Linear(1, 2), "part": nn.Linear(12, 2)}
+    net = randomise(Net(forward, a=nn.Conv1d(3, 16, 1), b=nn.Conv1d(16, 16, 1), **parts), (x,))
+    net(larger)
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("b.weight").shape[0] < 16
+    if refused:
+        with pytest.raises(OtherSizeError, match=r"test_views\.py"):
+            slim(larger)
+    else:
+        slim(larger)
