@@ -18,6 +18,7 @@ from torch._functorch import eager_transforms, vmap
 from chase_fx.graphs.drawing import Drawing
 from chase_fx.graphs.hidden import NEW, VMAP_END, transformed
 from chase_fx.graphs.live import fix, is_live, plain
+from chase_fx.graphs.own_sizes import mark_gradients
 from chase_fx.graphs.patches import Patch
 from chase_fx.graphs.reads import SIZE_CALLS
 
@@ -46,11 +47,17 @@ class Inside(Drawing):
         gradient = eager_transforms._autograd_grad
 
         def pulled_back(*args: Any, **kwargs: Any) -> Any:
-            """A pullback that is called when its transform has ended; autograd looks at tensors as they are."""
-            if not self._active or transformed():
+            """Autograd looks at tensors as they are, also in a pullback that is called when its transform has ended."""
+            if not self._active:
                 return gradient(*args, **kwargs)
-            with self._paused(), torch._C.DisableTorchFunction():
-                return gradient(*args, **kwargs)
+            start = len(self.tape.ops)
+            if transformed():
+                out = gradient(*args, **kwargs)
+            else:
+                with self._paused(), torch._C.DisableTorchFunction():
+                    out = gradient(*args, **kwargs)
+            mark_gradients(self.tape.ops, start)
+            return out
 
         return [(vmap, VMAP_END, end), (eager_transforms, "_autograd_grad", pulled_back)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,37 @@ def test_gradients(inside: Inside) -> None:
         found = traced.get_parameter(name).grad
         assert (found is None) == (parameter.grad is None)
         assert found is None or parameter.grad is None or difference(found, parameter.grad) <= EXACT
+
+
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda z: z.square().mean(),
+    "mean of channels": lambda z: z.pow(3).mean(-1).sum(),
+    "variance": lambda z: z.var(-1).sum(),
+    "deviation": lambda z: z.std(-1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("of", MEANS.values(), ids=list(MEANS))
+@pytest.mark.parametrize("transform", [grad, lambda of: lambda y: vjp(of, y)[1](torch.ones((), dtype=y.dtype))[0]])
+def test_gradients_that_count_channels_keep_them(of: Callable[[Tensor], Tensor], transform: Any) -> None:
+    """How many there are is a number in the call that divides by it."""
+    model = randomise(Between(lambda _, y: transform(of)(y)), (images(),))
+    traced = chase_fx.trace(model, images())
+    channels = chase_fx.analyze(traced)
+    assert any("in a gradient that the forward takes" in str(cause) for cause in channels.frozen.values())
+    assert not channels.groups
+    for x in (images(), images(3, 4)):
+        assert difference(traced(x), model(x)) <= EXACT
+
+
+@pytest.mark.parametrize("of", [lambda z: z.pow(3).sum(), lambda z: (z.tanh() * 0.3).square().sum()])
+def test_gradients_of_sums_keep_no_channels(of: Callable[[Tensor], Tensor]) -> None:
+    """Powers leave numbers too, which are none of sizes."""
+    model = randomise(Between(lambda _, y: grad(of)(y)), (images(),))
+    traced = chase_fx.trace(model, images())
+    slim = chase_fx.rewrite(traced, half(traced))
+    assert slim.plan.new_shape("first.weight")[0] < 8
+    assert difference(slim(images()), masked_copy(model, slim.plan.kept_indices())(images())) <= EXACT
 
 
 ELEMENTS: dict[str, Inside] = {
