@@ -27,14 +27,24 @@ class Comparing(Following):
 
     Args:
         wanted: the reference's values, by the names of nodes; those that are compared are taken out.
+        stepwise: go on with the reference's value after each node, so that the rounding of one is not in the next.
 
     Attributes:
         gross: the first node that differs by more than rounding does, and by how much, relative to it and its operands.
         single: whether a value was in single precision.
     """
 
-    def __init__(self, module: TracedModule, wanted: dict[str, torch.Tensor], forced: Mapping[str, bool]) -> None:
+    def __init__(
+        self,
+        module: TracedModule,
+        wanted: dict[str, torch.Tensor],
+        forced: Mapping[str, bool],
+        *,
+        stepwise: bool = False,
+    ) -> None:
         super().__init__(module, module.graph, forced)
+        self._stepwise = stepwise
+        self._owned = {_memory(t) for t in (*module.parameters(), *module.buffers())}
         self.gross: tuple[Node, float] | None = None
         self.single = False
         self._wanted = wanted
@@ -52,6 +62,8 @@ class Comparing(Following):
             want = self._wanted.pop(n.name, None)
             if want is not None and want.is_floating_point():
                 self._compare(n, want, out.detach())
+                if self._stepwise and _memory(out) not in self._owned:
+                    out = _corrected(out, want)
         return out
 
     def compute(self, node: Node) -> Any:
@@ -61,6 +73,11 @@ class Comparing(Following):
             self._largest[node] = largest(out.detach())
             self.single |= out.dtype is torch.float32
         return out
+
+    @property
+    def worst(self) -> float:
+        """The largest difference of a node."""
+        return max((difference for _, difference in self._differences), default=0.0)
 
     def first_beyond(self, tolerance: float) -> Node:
         """The first node that differs by more; the last one if only the result does."""
@@ -78,6 +95,20 @@ class Comparing(Following):
         difference = relative_difference(want, have, max(near, rounding / _GROSS))
         if difference > _GROSS:
             self.gross = node, difference
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+
+
+def _corrected(out: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """``out`` with the values of ``want``, in its own memory, which others may share or write to."""
+    if torch.equal(out, want) or out.shape != want.shape:
+        return out
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):  # one place for several
+        return want.clone()
+    with torch.no_grad():
+        return out.copy_(want)
 
 
 def _value_nodes(graph: Graph) -> set[Node]:

@@ -1,16 +1,17 @@
 """``verify``: is the slim graph the dense graph without the removed units?
 
 Both run on the example inputs in eval mode, the dense one under masks (see :mod:`chase_fx.passes.reference`). In single
-precision a difference can be rounding, so a doubt is settled in double precision. On failure the first node that
-differs is named.
+precision a difference can be rounding, so a doubt is settled in double precision. Where the model itself makes more of
+rounding, each node is compared on the reference's values. On failure the first node that differs is named.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ __all__ = ["VerificationReport", "verify"]
 _EXACT = 1e-9
 _QUICK = 1e-5
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class VerificationReport:
@@ -48,12 +51,14 @@ class VerificationReport:
 
     Attributes:
         difference: largest difference of an output, relative to the largest absolute value of that output, or of a
-            node inside the graph that differs by more than rounding.
+            node inside the graph that differs by more than rounding; of a node on equal values, if ``stepwise``.
         tolerance: what was allowed.
         dtype: the precision that decided.
         outputs: how many output tensors were compared.
         nodes: how many nodes of the dense graph ran under masks.
         unseen: lines at which data decide, of which one way was not compared: it can't run on the example's data.
+        stepwise: the outputs differ by more than ``tolerance``, though no node does when it is given what the masked
+            graph gives it: what is left is rounding that the model makes more of, as chaotic weights do.
     """
 
     difference: float
@@ -62,13 +67,19 @@ class VerificationReport:
     outputs: int
     nodes: int
     unseen: tuple[str, ...] = ()
+    stepwise: bool = False
 
     def __str__(self) -> str:
         unseen = f"; one way not compared at {', '.join(self.unseen)}" if self.unseen else ""
+        what = f"{self.nodes} nodes on equal values" if self.stepwise else f"{self.outputs} outputs"
         return (
-            f"exact: {self.outputs} outputs differ by at most {self.difference:.1e} (relative, {self.dtype}), "
+            f"exact: {what} differ by at most {self.difference:.1e} (relative, {self.dtype}), "
             f"{self.nodes} nodes compared{unseen}"
         )
+
+
+# The report, the first node that differs, and the ways that were taken where data decide.
+Compared = tuple[VerificationReport, Node | None, Mapping[str, bool]]
 
 
 @normal_tensors()
@@ -94,15 +105,16 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
         )
     floats = [p.dtype for p in traced.parameters() if p.is_floating_point()]
     dtype = floats[0] if floats else torch.get_default_dtype()
-    tolerance = _EXACT if dtype is torch.float64 else _QUICK
 
-    def compare(forced: Mapping[str, bool]) -> tuple[VerificationReport, Node | None, Mapping[str, bool]]:
-        found = _compare(traced, slim, channels, masks, inputs, forced=forced, dtype=dtype, tolerance=tolerance)
-        if found[1] is None or dtype is torch.float64:
+    def compare(forced: Mapping[str, bool]) -> Compared:
+        if dtype is torch.float64:
+            return _settle(partial(_compare, traced, slim, channels, masks, inputs, forced=forced))
+        found = _compare(traced, slim, channels, masks, inputs, forced=forced, dtype=dtype, tolerance=_QUICK)
+        if found[1] is None:
             return found
         wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
         doubled = map_tensors(inputs, lambda t: alone(t, torch.float64) if t.is_floating_point() else t)
-        return _compare(wide, wide_slim, channels, masks, doubled, forced=forced, dtype=torch.float64, tolerance=_EXACT)
+        return _settle(partial(_compare, wide, wide_slim, channels, masks, doubled, forced=forced))
 
     report, node, taken = compare({})
     seen = set(taken.items())
@@ -132,17 +144,24 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
     return report
 
 
+def _settle(exact: Callable[..., Compared]) -> Compared:
+    """In double precision; where the outputs differ, node by node."""
+    found = exact(dtype=torch.float64, tolerance=_EXACT)
+    return found if found[1] is None else exact(dtype=torch.float64, tolerance=_EXACT, stepwise=True)
+
+
 def _compare(
     traced: TracedModule,
     slim: TracedModule,
     channels: ChannelGraph,
     masks: Mapping[Atom, np.ndarray],
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    inputs: Inputs,
     *,
     forced: Mapping[str, bool],
     dtype: torch.dtype,
     tolerance: float,
-) -> tuple[VerificationReport, Node | None, Mapping[str, bool]]:
+    stepwise: bool = False,
+) -> Compared:
     trainable = [p for root in (traced, slim) for p in root.parameters() if p.requires_grad]
     for parameter in trainable:  # as in the capture: torch decomposes a matmul by what requires a gradient
         parameter.requires_grad = False
@@ -155,7 +174,7 @@ def _compare(
             reference = MaskedReference(traced, channels, 0, masks, forced)
             expected = _expected(reference, inputs)
             nodes = len(reference.values)
-            compared = Comparing(slim, reference.values, forced)
+            compared = Comparing(slim, reference.values, forced, stepwise=stepwise)
             try:
                 with _same_draws():
                     found = compared.run(*_placed(compared, inputs))
@@ -179,7 +198,9 @@ def _compare(
         tolerance = _QUICK  # the forward itself goes through single precision, so its rounding is in the result
     if compared.gross is not None:
         worst = max(worst, compared.gross[1])
-    report = VerificationReport(worst, tolerance, dtype, len(pairs), nodes)
+    if stepwise:
+        worst = max(worst, compared.worst)
+    report = VerificationReport(worst, tolerance, dtype, len(pairs), nodes, stepwise=stepwise)
     if compared.gross is not None:
         return report, compared.gross[0], reference.taken
     first = None if worst <= tolerance else compared.first_beyond(tolerance)
@@ -190,7 +211,7 @@ class _NoReferenceError(VerificationError):
     """The masked dense graph can't be computed."""
 
 
-def _expected(reference: MaskedReference, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def _expected(reference: MaskedReference, inputs: Inputs) -> Any:
     """What the reference gives."""
     try:
         with _same_draws():

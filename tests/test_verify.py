@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import chase_fx
+import chase_fx.errors
 from chase_fx.graphs.guards import GUARDS
 from chase_fx.passes.comparing import Comparing
 from chase_fx.passes.following import Following
@@ -94,6 +95,42 @@ def test_no_progress_bar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
     traced = chase_fx.trace(net, x)
     assert chase_fx.verify(traced, chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))).difference <= 1e-6
+
+
+class Chaotic(nn.Module):
+    """Each step doubles what rounding there is in the sums of a wide layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 200), nn.Linear(200, 200), nn.Linear(200, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x)).sigmoid() + 0.5
+        for _ in range(30):
+            x = (2 * x).frac()
+        return self.last(x)
+
+
+def test_rounding_that_a_model_makes_more_of_is_no_difference() -> None:
+    """Outputs that chaos tells apart are compared node by node; a wrong node is found all the same."""
+    torch.manual_seed(0)
+    net = randomise(Chaotic().double(), (rows(),))
+    traced = chase_fx.trace(net, rows())
+    plan = chase_fx.analyze(traced).plan(0.5)
+    slim = chase_fx.rewrite(traced, plan)
+    report = chase_fx.verify(traced, slim)
+    assert report.stepwise
+    assert report.difference <= 1e-14
+    before = {name: t.clone() for name, t in slim.state_dict().items()}
+    mean = next(node for node in slim.graph.nodes if node.target == "sigmoid")
+    with slim.graph.inserting_after(mean):
+        wrong = slim.graph.call_method("mul", (mean, 1 + 1e-8))
+    mean.replace_all_uses_with(wrong, lambda user: user is not wrong)
+    slim.recompile()
+    with pytest.raises(chase_fx.errors.VerificationError) as caught:
+        chase_fx.verify(traced, slim)
+    assert caught.value.node == "add"
+    assert all(torch.equal(t, before[name]) for name, t in slim.state_dict().items())
 
 
 def test_verify_keeps_no_value_longer_than_it_is_used() -> None:
