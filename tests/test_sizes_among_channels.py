@@ -159,10 +159,10 @@ def _as_another(y: Tensor) -> Tensor:
     return y.flatten(0, 1).flatten(1).cumsum(-1).view_as(y)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "side"), [(1, 4), (2, 4), (1, 2), (2, 2)])
 @pytest.mark.parametrize("view", [_patches, _windows, _heads, _shuffled, _as_another])
-def test_usual_views_are_served_by_one_graph(view: Callable[[Tensor], Tensor], batch: int) -> None:
-    example = image(batch, 4)
+def test_usual_views_are_served_by_one_graph(view: Callable[[Tensor], Tensor], batch: int, side: int) -> None:
+    example = image(batch, side)
     layers = {"a": conv(3, 8), "b": conv(8, 8), "out": conv(8, 2)}
     net = randomise(Net(lambda m, x: m.out(view(m.b(m.a(x)))), **layers), (example,))
     for seed in range(2):

@@ -170,6 +170,12 @@ class LabelledOp:
         read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None
         return read is not None and any(self._labels[slot.index][d] is axis for slot, d in read.origins)
 
+    def spaces_read(self, dim: int) -> int:
+        """How many dims of space the size of dim ``dim`` of a view was computed from."""
+        read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None
+        found = [self._labels[slot.index][d] for slot, d in read.origins] if read is not None else []
+        return len({id(axis) for axis in found if self.is_space(axis)})
+
     def is_multiple(self, dim: int, axes: Sequence[Axis]) -> bool:
         """Whether the size of dim ``dim`` of a view is a multiple of the product of ``axes``, whatever goes in."""
         read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None

@@ -47,12 +47,14 @@ def _with_ones(op: LabelledOp, before: Labels, after: Labels) -> Labels:
         return after
     open_ = [read is None or True in read for read in op.read_from()]
     labels = [axis if may_grow else _without_ones(axis) for axis, may_grow in zip(after, open_, strict=True)]
-    if not ones:
-        return tuple(labels)
     last = end = -1
     for dims, ends in (*blocks([axis.size for axis in before], op.out.shape), ([len(before)], [len(after)])):
         if len(ends) == 1 and len(dims) > 1 and not ones.isdisjoint(range(dims[0], dims[-1])):
             labels[ends[0]] = Prod(before[d] for d in range(dims[0], dims[-1] + 1))
+        if len(ends) == 1 and ends[0] < len(after):
+            own = sum(op.is_space(before[d]) for d in range(last + 1, dims[-1] + 1) if d in dims or d in ones)
+            if op.spaces_read(ends[0]) > own:  # a part of the space beside it, which is one in the example
+                labels[ends[0]] = Prod((op.fixed(1), labels[ends[0]], op.fixed(1)))
         taken = sum(open_[end + 1 : ends[0]])
         for d in sorted(ones.intersection(range(last + 1, dims[0])))[taken:]:
             sides = [e for e in (end, ends[0]) if 0 <= e < len(after) and open_[e]]
