@@ -98,8 +98,10 @@ class Gradients:
         self.off = self._modes[bisect_right(self._modes, position, key=lambda mode: mode[0]) - 1][1]
         if self.off is not before[0]:
             self._detached = {}
-        yield
-        self.off, self._detached = before
+        try:
+            yield
+        finally:
+            self.off, self._detached = before
 
     def outside(self, tensor: torch.Tensor, node: Node, slot: Slot) -> Node:
         """The node of ``tensor``, detached if it left an autograd function beside its result."""

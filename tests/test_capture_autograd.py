@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Graph
 
 import chase_fx
+from chase_fx.graphs.gradients import Gradients
+from chase_fx.graphs.tape import Tape, TapedOp
 from tests.oracle import EXACT, difference, masked_copy, randomise
 from tests.two_layers import Body
 
@@ -177,3 +181,12 @@ def test_a_function_that_holds_on_to_the_model() -> None:
     assert_same_gradients(model, x)
     slim = chase_fx.prune(model, x)
     assert slim.a.out_features == slim.b.in_features == 4
+
+
+def test_an_error_in_between_leaves_the_region_as_it_was() -> None:
+    """A call that is written later may fail to be, and the capture go on."""
+    asked = Gradients(Graph(), {}, {}, Tape([TapedOp(torch.ops.aten.relu.default, (), {}, ())]))
+    asked.enter_mode(enabled=False)
+    with pytest.raises(ZeroDivisionError), asked.at(0):
+        raise ZeroDivisionError
+    assert asked.off
