@@ -6,7 +6,6 @@ attributes. Everything else is part of the capture, so the graph has a guard for
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import math
 import operator
@@ -28,9 +27,9 @@ from chase_fx.graphs.expected import (
     expect_tensor,
     numbers_of,
 )
-from chase_fx.graphs.trees import SEQUENCES, attributes_of
+from chase_fx.graphs.trees import SEQUENCES, attributes_of, is_container
 
-__all__ = ["bind_default", "bind_input", "check_unchanged", "default_of"]
+__all__ = ["bind_default", "bind_input", "check_unchanged", "default_of", "has_plain_keys", "is_literal"]
 
 # What code can be written with, and ``==`` compares.
 _LITERAL = frozenset(
@@ -85,17 +84,14 @@ def bind_input(arguments: Arguments, value: Any, node: Node, path: str) -> None:
         arguments.call(expect_tensor, (node, numbers_of(value), path), plain=True)
         arguments.tie_input(value, node, path)
         return
-    items: list[tuple[Any, Any]] = []
     if isinstance(value, (*SEQUENCES, dict)):
         path = _bind_count(arguments, value, node, path)
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _bind_items(arguments, value, node, path)
+    elif is_container(value):
         arguments.call(expect_kind, (node, kind_of(value), path), plain=True)
     else:
         _bind_leaf(arguments, value, node, path)
         return
-    for key, item in items:
-        bind_input(arguments, item, arguments.call(operator.getitem, (node, key), plain=True), f"{path}[{key!r}]")
     for name, item in attributes_of(value):
         bind_input(arguments, item, arguments.call(getattr, (node, name), plain=True), f"{path}.{name}")
 
@@ -109,9 +105,30 @@ def _bind_count(arguments: Arguments, value: Any, node: Node, path: str) -> str:
     if name == path:
         arguments.call(expect_kind, (node, kind_of(value), name), plain=True)
     count: Any = list if isinstance(value, dict) else len
-    found = arguments.call(count, (node,), plain=True)
-    arguments.call(expect, (found, count(value), f"{count.__name__}({name})"), plain=True)
+    found, known = arguments.call(count, (node,), plain=True), count(value)
+    if not isinstance(value, dict) or has_plain_keys(value):
+        arguments.call(expect, (found, known, f"{count.__name__}({name})"), plain=True)
+    else:
+        _hold(arguments, known, found, f"list({name})", left_out=False)
     return name
+
+
+def has_plain_keys(value: dict[Any, Any]) -> bool:
+    """Whether a dict is subscribed in code by its keys: others may have no code, or be equal to one of another type."""
+    return all(type(key) in (str, int) for key in value)
+
+
+def _bind_items(arguments: Arguments, value: Any, node: Node, path: str) -> None:
+    keys: Any = value if isinstance(value, dict) else range(len(value))
+    items = value.values() if isinstance(value, dict) else value
+    by_place = isinstance(value, dict) and not has_plain_keys(value)
+    if by_place:
+        found = arguments.graph.call_method("values", (node,))
+        found.meta["source"] = ""
+        node = arguments.call(list, (found,), plain=True)
+    for place, (key, item) in enumerate(zip(keys, items, strict=True)):
+        inner = arguments.call(operator.getitem, (node, place if by_place else key), plain=True)
+        bind_input(arguments, item, inner, f"{path}[{key!r}]")
 
 
 def _bind_leaf(arguments: Arguments, value: Any, node: Node, path: str) -> None:

@@ -43,8 +43,7 @@ def described(value: Any) -> str:
         HoldsTensorError: there is a tensor in it.
         NotDescribedError: it can't be told.
     """
-    parts = [_pickled(v) for v in value] if isinstance(value, (set, frozenset)) else [_pickled(value)]
-    return f"{kind_of(value)} {hashlib.sha256(b''.join(sorted(parts))).hexdigest()[:32]}"  # sets have no order
+    return f"{kind_of(value)} {hashlib.sha256(_pickled(value)).hexdigest()[:32]}"
 
 
 def kind_of(value: Any) -> str:
@@ -79,6 +78,12 @@ class _Pickler(pickle.Pickler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._classes: dict[type, int] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        """Sets have no order, so the texts of what is in them are sorted."""
+        if type(obj) not in (set, frozenset):
+            return None
+        return type(obj).__name__, sorted(map(_pickled, obj))
 
     def reducer_override(self, obj: Any) -> Any:
         """What pickling does not know."""

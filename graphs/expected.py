@@ -43,11 +43,18 @@ def expect(value: Any, expected: Any, name: str) -> None:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    if type(plain(value)) is not type(expected) and not isinstance(expected, list):  # FX has lists of its own
+    kind = type(expected)
+    if isinstance(expected, list):  # FX has lists of its own
+        return isinstance(value, list) and len(value) == len(expected) and all(map(_same, value, expected))
+    if type(plain(value)) is not kind:
         return False
-    if isinstance(expected, float) and math.isnan(expected):
+    if kind is slice or kind is range:
+        return all(_same(getattr(value, part), getattr(expected, part)) for part in ("start", "stop", "step"))
+    if kind is complex:
+        return _same(value.real, expected.real) and _same(value.imag, expected.imag)
+    if kind is float and math.isnan(expected):
         return math.isnan(value)
-    if isinstance(expected, float) and not expected and math.copysign(1, value) != math.copysign(1, expected):
+    if kind is float and not expected and math.copysign(1, value) != math.copysign(1, expected):
         return False
     return bool(value == expected)
 

@@ -7,17 +7,18 @@ don't freeze anything.
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from chase_fx.graphs.live import is_live
+from chase_fx.graphs.live import is_live, plain
+from chase_fx.graphs.trees import SEQUENCES, map_object, map_tuple
 
-__all__ = ["Rebuild", "alike", "is_code", "strip"]
+__all__ = ["Rebuild", "alike", "has_parts", "is_code", "strip"]
 
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, nn.Module)
 _CODE = (type, nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -31,6 +32,10 @@ def is_code(value: Any) -> bool:
 class _Hole:
     def __init__(self, index: int) -> None:
         self.index = index
+
+
+class _Size(tuple[Any, ...]):
+    """A ``torch.Size`` with holes."""
 
 
 class Rebuild(nn.Module):
@@ -51,7 +56,7 @@ def strip(value: Any) -> tuple[Any, list[Any]]:
 
     def replace(found: Any) -> Any:
         if not isinstance(found, torch.Tensor) and not is_live(found):
-            return None
+            return plain(found) if isinstance(found, float) else None  # captures have floats of their own
         holes.append(found)
         return _Hole(len(holes) - 1)
 
@@ -75,7 +80,9 @@ def _alike(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
         return bool(a == b)
     if isinstance(a, dict) and not (list(a) == list(b) and all(_alike(a[k], b[k], seen) for k in a)):
         return False
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and np.array_equal(a, b))
+    if isinstance(a, SEQUENCES):
         return len(a) == len(b) and all(_alike(x, y, seen) for x, y in zip(a, b, strict=True))
     return _alike(vars(a), vars(b), seen) if hasattr(a, "__dict__") else isinstance(a, dict) or bool(a == b)
 
@@ -88,25 +95,34 @@ def _walk(value: Any, memo: dict[int, Any], replace: Any) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, dict):
-        out: Any = {} if type(value) is dict else copy.copy(value)  # a compiler follows the one, not the other
+    if type(value) is dict:
+        out: Any = {}  # a compiler follows this, and no copy
         memo[id(value)] = out
         for key, item in value.items():
             out[key] = _walk(item, memo, replace)
         return out
-    if isinstance(value, list):
+    if type(value) is list:
         out = memo[id(value)] = []
         out.extend(_walk(item, memo, replace) for item in value)
         return out
+    if isinstance(value, (torch.Size, _Size)):
+        sizes = [_walk(item, memo, replace) for item in value]
+        return _Size(sizes) if any(isinstance(n, _Hole) for n in sizes) else torch.Size(sizes)
     if isinstance(value, tuple):
-        items = [_walk(item, memo, replace) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if not hasattr(value, "__dict__"):
+        return map_tuple(value, lambda item: _walk(item, memo, replace))
+    if type(value) in (set, frozenset):
+        return type(value)(_walk(item, memo, replace) for item in value)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if not has_parts(value):
         return value
-    out = copy.copy(value)
-    if out is value or not hasattr(out, "__dict__"):
-        return value
-    memo[id(value)] = out
-    for key, item in list(vars(value).items()):
-        out.__dict__[key] = _walk(item, memo, replace)
-    return out
+    return map_object(value, lambda item: _walk(item, memo, replace), lambda new: memo.update({id(value): new}))
+
+
+def has_parts(value: Any) -> bool:
+    """Whether a value is taken apart: a container, or an object of a class that Python code defines."""
+    return (
+        isinstance(value, (dict, *SEQUENCES))
+        or hasattr(value, "__dict__")
+        or any("__slots__" in vars(cls) for cls in type(value).__mro__)
+    )

@@ -89,7 +89,7 @@ class Listed(list[Any]):
 
 def _listed(k: float) -> Listed:
     found = Listed()
-    found.k = k  # type: ignore[attr-defined]
+    vars(found)["k"] = k
     return found
 
 
