@@ -36,6 +36,16 @@ class Positions(nn.Module):
         return self.out(self.b(self.a(x).relu() + self.table[: x.shape[1]]).relu())
 
 
+def _written(table: Tensor, place: slice, value: Tensor) -> Tensor:
+    table[place] = value
+    return table
+
+
+def _viewed(table: Tensor, value: Tensor) -> Tensor:
+    table[0].add_(value)
+    return table
+
+
 def _net(make: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> nn.Module:
     torch.manual_seed(0)
     return randomise(Positions(make).double(), (x[:, :8],))
@@ -71,8 +81,19 @@ def test_a_table_is_made_for_longer_inputs(length: int, tmp_path: Path) -> None:
         lambda m, x: torch.cat([m.table, m._of_length(x.shape[1])]),
         lambda m, x: m._of_length(x.shape[1]) + m.b.bias,
         lambda m, x: torch.randn(x.shape[1], 8, dtype=x.dtype),
+        lambda m, x: _written(m._of_length(x.shape[1]), slice(1), x.mean()),
+        lambda m, x: _viewed(m._of_length(x.shape[1]), x.mean()),
+        lambda m, x: x.new_full((x.shape[1], 8), 1.0) * x.new_full((), x.sum()),
     ],
-    ids=["data", "itself", "weights", "draws"],
+    ids=[
+        "data",
+        "itself",
+        "weights",
+        "draws",
+        "data written to it",
+        "data written to a view of it",
+        "a number of data",
+    ],
 )
 def test_what_a_forward_remembers_is_no_table(make: Callable[[nn.Module, Tensor], Tensor]) -> None:
     """A buffer of another shape that holds more than sizes tell would be lost: refused."""
@@ -82,3 +103,11 @@ def test_what_a_forward_remembers_is_no_table(make: Callable[[nn.Module, Tensor]
     traced = chase_fx.trace(_net(make, x), x[:, :6])
     with pytest.raises(OtherSizeError, match="replaces the buffer 'table'"):
         traced(x)
+
+
+def test_a_table_of_the_precision_of_the_input() -> None:
+    """Of tensors that tell a dtype and a device nothing else is read."""
+    x = torch.randn(2, 12, 3, dtype=torch.float64)
+    net = _net(lambda m, x: m._of_length(x.shape[1]).float().to(x).type_as(m.b.weight), x)
+    traced = chase_fx.trace(net, x)
+    assert torch.equal(traced(x), net(x))
