@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.changed import Given
 from chase_fx.graphs.draws import DrawnArray
 from chase_fx.graphs.gradients import Gradients
 from chase_fx.graphs.guards import check
@@ -63,6 +64,8 @@ class Arguments:
         self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.held: dict[str, tuple[Any, str]] = {}  # inputs by path that the graph compares by a text of their value
+        self.containers: dict[int, Given] = {}  # among the inputs, by identity
+        self.written: list[tuple[str, torch.Tensor]] = []  # the tensors that the forward put into them, by path
         self.specialised: list[str] = []  # what the forward read from data, with the line
         self._nodes: dict[int, Node] = {}
         self.gradients = Gradients(graph, parameters, self._nodes, tape)

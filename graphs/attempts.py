@@ -189,7 +189,8 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     if recorder.standins is not None:
         _check(recorder, {id(buffer) for _, _, buffer, _ in buffers})
     recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
-    leaves = tuple(OutputLeaf(path, recorder.tape.slot_of(t)) for path, t in named_tensors(out))
+    written = recorder.arguments.written
+    leaves = tuple(OutputLeaf(path, recorder.tape.slot_of(t)) for path, t in (*named_tensors(out), *written))
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(plain(out)).__name__}")
     recorder.outputs = leaves

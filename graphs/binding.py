@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
+from chase_fx.graphs.changed import given_container
 from chase_fx.graphs.described import HoldsTensorError, NotDescribedError, described, importable, kind_of
 from chase_fx.graphs.expected import (
     Left,
@@ -92,6 +93,7 @@ def bind_input(arguments: Arguments, value: Any, node: Node, path: str) -> None:
     else:
         _bind_leaf(arguments, value, node, path)
         return
+    arguments.containers[id(value)] = given_container(value, node, path)
     for name, item in attributes_of(value):
         bind_input(arguments, item, arguments.call(getattr, (node, name), plain=True), f"{path}.{name}")
 

@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 
 from chase_fx.graphs.autocast import AUTOCAST, remove_empty_regions
 from chase_fx.graphs.branches import BRANCHES
+from chase_fx.graphs.changed import PUTS
 from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS
 from chase_fx.graphs.shadows import given_path
@@ -17,14 +18,15 @@ __all__ = ["has_effect", "remove_dead_nodes"]
 def has_effect(node: Node, root: nn.Module) -> bool:
     """Whether running ``node`` matters even if its value is not used.
 
-    It does if it writes in place, updates statistics, guards, or draws random numbers, which the next draw depends on.
+    It does if it writes in place or to an input, updates statistics, guards, or draws random numbers, which the next
+    draw depends on.
     """
     if node.op in ("placeholder", "output") or any(map(node.meta.get, ("in_place", "whole", "draws"))):
         return True
     if node.op == "call_module":
         module = root.get_submodule(given_path(str(node.target)))
         return any(True for _ in module.buffers())
-    return any(node.target in kind for kind in (GUARDS, DRAWS, BRANCHES, AUTOCAST))
+    return any(node.target in kind for kind in (GUARDS, PUTS, DRAWS, BRANCHES, AUTOCAST))
 
 
 def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.autocast import Regions
 from chase_fx.graphs.calls import call_name
+from chase_fx.graphs.changed import put_back
 from chase_fx.graphs.draws import draws
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.provenance import from_data, view_sizes
@@ -85,7 +86,9 @@ class Recording(TorchFunctionMode):
     def finish(self, out: Any) -> None:
         """Write the forward's result; live sizes in it still write nodes."""
         self._active = True
-        self.graph.output(result_to_fx(self.arguments, out))
+        result = result_to_fx(self.arguments, out)
+        self.arguments.written = list(put_back(self.arguments, result_to_fx))
+        self.graph.output(result)
         if self._measures_at:
             self.arguments.guard_ranks(self._measures_at)
         self._active = False

@@ -44,6 +44,8 @@ def result_to_fx(arguments: Arguments, value: Any) -> Any:
         raise CaptureError("the forward returns a set of tensors, which have no order in it; return a list of them")
     if isinstance(value, torch.Tensor) or is_live(value) or isinstance(value, (DrawnArray, range, slice)):
         return arguments.to_fx(value)
+    if id(value) in arguments.containers:
+        return arguments.containers[id(value)].node
     if type(value) in (tuple, list):
         return type(value)(result_to_fx(arguments, v) for v in value)
     if type(value) is dict and has_plain_keys(value):

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from chase_fx.graphs.autocast import AUTOCAST, region_settings
 from chase_fx.graphs.branches import result
+from chase_fx.graphs.changed import PUTS
 from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS, check, check_data, check_number
 from chase_fx.graphs.opaque import alike
@@ -275,6 +276,7 @@ def _in_place(node: Node) -> bool:
         or "tape" in node.meta
         or node.target in DRAWS
         or node.target in AUTOCAST
+        or node.target in PUTS
         or node.target is region_settings
         or node.target is check_data  # what it reads may be written to later
         or (node.op == "call_method" and node.target in _READS)
