@@ -7,7 +7,7 @@ size of the dim, unless all that may have another size is left of the channels: 
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,38 +23,51 @@ from chase_fx.passes.sites import CallSite
 
 __all__ = ["getitem", "narrow", "pad", "select", "slice_", "split"]
 
+# The dim of calls that name it, and what the others call the numbers by which they split.
+_DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
+_SECTIONS = (
+    "split_size_or_sections",
+    "split_size",
+    "split_sizes",
+    "chunks",
+    "indices_or_sections",
+    "indices",
+    "sections",
+)
+
 
 def split(site: CallSite) -> None:
-    """``split``, ``chunk``, ``tensor_split``: consecutive slices become explicit kept sizes."""
-    x = site.arg(0, "tensor", site.node.kwargs.get("input"))
-    dim = site.arg(2, "dim", 0) % len(site.label(x))
+    """``split``, ``chunk``, ``tensor_split``, ``hsplit``...: slices end at explicit kept places."""
+    name, x = call_name(site.node), site.arg(0, "tensor", site.node.kwargs.get("input"))
+    rank = len(site.label(x))
+    dim = min(_DIMS[name], rank - 1) if name in _DIMS else site.arg(2, "dim", 0) % rank
     axis = site.label(x)[dim]
     if not site.counts.live(axis):
         return
     keep_size(site, x, dim)
-    bounds = _bounds(site, axis.size)
-    sizes = [site.counts.between(axis, a, b) for a, b in pairwise(bounds)]
-    site.node.target = "split" if site.node.op == "call_method" else torch.split
-    site.node.args, site.node.kwargs = (x, sizes, dim), {}
+    ends = [slice(end).indices(axis.size)[1] for end in _ends(site, name, axis.size)]
+    places = [0, *(site.counts.before(axis, end) for end in ends), site.counts.kept(axis)]
+    ordered = places == sorted(places)
+    target = "split" if ordered else "tensor_split"
+    numbers = [b - a for a, b in pairwise(places)] if ordered else places[1:-1]
+    site.node.target = target if site.node.op == "call_method" else getattr(torch, target)
+    site.node.args, site.node.kwargs = (x, numbers, dim), {}
 
 
-def _bounds(site: CallSite, size: int) -> list[int]:
-    name = call_name(site.node)
-    sections: Any = site.node.kwargs.get("chunks", site.node.kwargs.get("split_size_or_sections"))
-    sections = site.node.kwargs.get("split_size", sections)
-    sections = site.node.kwargs.get("indices_or_sections", sections)
-    if len(site.node.args) > 1:
-        sections = site.node.args[1]
-    if isinstance(sections, (list, tuple)):
-        sections = [fixed_value(site, s) for s in sections]
-        return [0, *sections, size] if name == "tensor_split" else [sum(sections[:i]) for i in range(len(sections) + 1)]
-    count = int(fixed_value(site, sections))
-    if name == "tensor_split":
-        q, r = divmod(size, count)
-        lengths = [q + (i < r) for i in range(count)]
-        return [sum(lengths[:i]) for i in range(count + 1)]
-    step = -(-size // count) if "chunk" in name else count
-    return [*range(0, size, step), size]
+def _ends(site: CallSite, name: str, size: int) -> list[int]:
+    """Where all slices but the last end, which may be beyond the size, or counted from its end."""
+    given: Any = site.node.args[1] if len(site.node.args) > 1 else None
+    for key in _SECTIONS:
+        given = site.node.kwargs.get(key, given)
+    at_places = name in ("tensor_split", *_DIMS)
+    if isinstance(given, (list, tuple)):
+        numbers = [fixed_value(site, number) for number in given]
+        return numbers if at_places else list(accumulate(numbers))[:-1]
+    number = int(fixed_value(site, given))
+    if at_places:
+        return list(accumulate(size // number + (i < size % number) for i in range(number)))[:-1]
+    step = -(-size // number) if "chunk" in name else number
+    return list(range(step, size, step))
 
 
 def getitem(site: CallSite) -> None:

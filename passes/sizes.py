@@ -287,8 +287,9 @@ CALLS: dict[str, Handler] = {
     **dict.fromkeys(("repeat", "tile"), _repeats),
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(
-        ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), places.split
+        ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk"), places.split
     ),
+    **dict.fromkeys(("tensor_split", "hsplit", "vsplit", "dsplit"), places.split),
     **dict.fromkeys(("getitem", "setitem"), places.getitem),
     "narrow": places.narrow,
     "select": places.select,
