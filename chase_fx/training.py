@@ -88,7 +88,10 @@ class GraphShrinker:
                         here = new if old is None else torch.searchsorted(old, new)
                         buffer.data = buffer.data.index_select(dim, here.to(buffer.device))
         for name, part in slim.named_modules():
-            _copy_sizes(part, module.get_submodule(name))
+            target = module.get_submodule(name)
+            _copy_sizes(part, target)
+            if isinstance(target, nn.RNNBase):
+                target.flatten_parameters()  # cuDNN wants all weights of a layer in one piece
         module.meta[_KEPT] = {name: mask.clone() for name, mask in kept.items()}
         module.__dict__["plan"] = plan
         module.__dict__["train_graph"] = slim.train_graph

@@ -22,7 +22,8 @@ from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.inputs import Blank, add_inputs, faked, shapes
-from chase_fx.graphs.leaves import Leaves, plain_recurrence
+from chase_fx.graphs.kernels import plain_kernels
+from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.live import HashedError, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.modes import enter_mode
@@ -93,7 +94,7 @@ def quiet_torch(root: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     _functional._verify_batch_size = lambda _: None
     try:
-        with plain_recurrence(root):
+        with plain_kernels(root):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

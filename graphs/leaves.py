@@ -7,12 +7,10 @@ arithmetic is on the tape then, and nothing has to be known about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -20,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chase_fx.errors import ArgumentError
 
-__all__ = ["SIZE_ATTRIBUTES", "Leaves", "declared", "has_parameter", "is_leaf", "may_be_leaf", "plain_recurrence"]
+__all__ = ["SIZE_ATTRIBUTES", "Leaves", "declared", "has_parameter", "is_leaf", "may_be_leaf"]
 
 # module class -> ((attribute, tensor, dim), ...); keys are Any since a mapping of a subclass would not fit otherwise
 Leaves = Mapping[Any, tuple[tuple[str, str, int], ...]]
@@ -149,15 +147,3 @@ def may_be_leaf(module: nn.Module) -> bool:
     Such a module is run as a leaf first; it stays one if it read ``self.training`` and kept the shape.
     """
     return not (module._parameters or module._buffers or module._modules or module._forward_pre_hooks)
-
-
-@contextmanager
-def plain_recurrence(root: nn.Module) -> Iterator[None]:
-    """Recurrent layers as single operators: oneDNN would run a whole layer as one that nothing is known of."""
-    enabled = torch._C._get_mkldnn_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in root.modules())
-    torch._C._set_mkldnn_enabled(enabled and not recurrent)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)

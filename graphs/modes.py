@@ -38,7 +38,7 @@ class TrainingFlag(nn.Module):
         """Whether it is the train capture that runs."""
         found = [module.training for module in self.readers]
         for training in (self.training, not self.training):
-            if found == self.captured[training]:
+            if found == self.captured[int(training)]:  # Dynamo of torch 2.11 takes no bool there
                 return training
         wrong = [n for n, a, b in zip(self.names, found, self.captured[self.training], strict=True) if a is not b]
         raise OtherPathError(

@@ -24,7 +24,7 @@ from chase_fx.graphs.autocast import preserved_autocast
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.inference import normal_tensors
-from chase_fx.graphs.leaves import plain_recurrence
+from chase_fx.graphs.kernels import plain_kernels
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
 from chase_fx.passes.comparing import Comparing
@@ -168,7 +168,7 @@ def _compare(
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
         with (
-            evaluated(traced, slim), torch.enable_grad(), plain_recurrence(traced), preserved_autocast(always=True),
+            evaluated(traced, slim), torch.enable_grad(), plain_kernels(traced), preserved_autocast(always=True),
             ConstantDraws(),
         ):  # fmt: skip
             reference = MaskedReference(traced, channels, 0, masks, forced)

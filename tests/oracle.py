@@ -101,7 +101,7 @@ def masked_copy(model: nn.Module, kept: Kept) -> nn.Module:
         for name, parameter in masked.named_parameters():
             for dim, indices in enumerate(kept[name]):
                 if indices is not None:
-                    gone = torch.ones(parameter.shape[dim], dtype=torch.bool)
+                    gone = torch.ones(parameter.shape[dim], dtype=torch.bool, device=parameter.device)
                     gone[indices] = False
                     parameter.index_fill_(dim, gone.nonzero().flatten(), 0)
     return masked
@@ -216,7 +216,8 @@ def assert_exact(
     kwargs = kwargs or {}
     assert not model.training
     assert not slim.training
-    kept = slim.plan.kept_indices()
+    home = next(slim.parameters()).device
+    kept = {n: tuple(i if i is None else i.to(home) for i in dims) for n, dims in slim.plan.kept_indices().items()}
     masked = masked_copy(model, kept)
     own = {name: tensor.clone() for name, tensor in slim.state_dict().items()}
     with torch.no_grad():

@@ -14,6 +14,7 @@ from chase_fx.graphs.rules import (
     movement,
     normaliser,
     pointwise,
+    recurrent,
     regions,
     reshape,
     spatial,
@@ -144,6 +145,9 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
     (spatial.im2col, "im2col"),
     (spatial.col2im, "col2im"),
     (spatial.transform, "_fft_r2c _fft_c2c _fft_c2r"),
+    # recurrent
+    (recurrent.lstm_cell, "_thnn_fused_lstm_cell"),
+    (recurrent.gru_cell, "_thnn_fused_gru_cell"),
     # regions
     (regions.suppression, "torchvision::nms"),
     (regions.region_pool, "torchvision::roi_align torchvision::roi_pool"),

@@ -110,11 +110,15 @@ def expand(op: LabelledOp) -> Labels:
 
 # The calls that name the expanded sizes; any other takes them from another operand.
 _NAMES_SIZES = frozenset({"expand", "broadcast_to", "repeat", "tile"})
+# In a dim that no operand has, it copies heads of the keys as often as the queries have more of them.
+_ATTENTION = "scaled_dot_product_attention"
 
 
 def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
     copies = op.fresh(size, dim, weak=True)
     if op.op.call in _NAMES_SIZES:
+        return copies
+    if op.op.call == _ATTENTION and len(x.shape) > max(len(slot.shape) for slot in op.op.operands):
         return copies
     back = len(op.out.shape) - dim
     for other in op.op.operands:
