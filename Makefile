@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help install demo test check lint format matrix bench bench-accuracy dist clean
+.PHONY: help install demo test check lint format matrix bench bench-accuracy bench-gpu dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ bench: $(STAMP) ## run every benchmark under benchmarks/ (long)
 
 bench-accuracy: $(STAMP) ## compare accuracies at equal cost on Fashion-MNIST (long, resumable)
 	$(BIN)/python -m benchmarks.accuracy --workers $(WORKERS)
+
+bench-gpu: $(STAMP) ## latency of dense and slim models, and the cost of masks, on a GPU (about six minutes)
+	$(BIN)/python benchmarks/gpu_latency.py
+	$(BIN)/python benchmarks/training_cost.py --device cuda --output benchmarks/training_cost_gpu.json
 
 dist: $(STAMP) ## build the sdist and the wheel
 	$(BIN)/python -m build

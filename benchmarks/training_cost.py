@@ -2,9 +2,10 @@
 
 Dense and masked models train side by side in one process, step by step in turn, so that whatever else the machine does
 meets both alike; times are medians. Goals, on 2 cores at batch 32: a masked step at most 1.05 dense steps, a whole
-update step of ResNet-50 at most 3, and one byte per masked weight.
+update step of ResNet-50 at most 3, and one byte per masked weight. On a GPU, convolutions are in TF32.
 
 Run: python benchmarks/training_cost.py [--repetitions 9] [--threads 2] [--size 224] [--models resnet20 resnet50]
+    [--device cpu]
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ class Trained:
 
     def seconds(self) -> float:
         """Wall time of one step."""
+        self._wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
         cross_entropy(self.model(self.images), self.labels).backward()
         self.optimizer.step()
         if self.trainer is not None:
             self.trainer.step()
+        self._wait()
         return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
 
 
 def tensor_bytes() -> int:
@@ -65,13 +72,13 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(name: str, size: int, repetitions: int) -> dict[str, float]:
+def measure(name: str, size: int, repetitions: int, device: str) -> dict[str, float]:
     """All numbers of one model."""
     torch.manual_seed(0)
     shape = (BATCH, 1, 28, 28) if name == "resnet20" else (BATCH, 3, size, size)
     build = resnet20 if name == "resnet20" else lambda: torchvision.models.get_model(name, weights=None)
-    images, labels = torch.randn(shape), torch.randint(10, (BATCH,))
-    dense, masked, updated = (Trained(build(), images, labels) for _ in range(3))
+    images, labels = torch.randn(shape).to(device), torch.randint(10, (BATCH,)).to(device)
+    dense, masked, updated = (Trained(build().to(device), images, labels) for _ in range(3))
     for run in (dense, masked, updated):
         run.seconds()  # optimizer slots are there from now on
     before = tensor_bytes()
@@ -103,12 +110,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=224, help="side of the images of all but resnet20")
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet50"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {
         "torch": torch.__version__,
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
         "dtype": "float32",
         "batch": BATCH,
         "image": options.size,
@@ -116,11 +124,12 @@ def main() -> None:
         "repetitions": options.repetitions,
         "models": {},
     }
-    print(f"cpu, float32, batch {BATCH}, {options.threads} threads, {options.repetitions} repetitions, medians")
+    where = f"{options.device}, float32, batch {BATCH}, {options.threads} threads"
+    print(f"{where}, {options.repetitions} repetitions, medians")
     for name in options.models:
         # ResNet-20 steps take milliseconds: more of them cost nothing and steady the median.
         repetitions = options.repetitions * (10 if name == "resnet20" else 1)
-        row = result["models"][name] = measure(name, options.size, repetitions)
+        row = result["models"][name] = measure(name, options.size, repetitions, options.device)
         print(
             f"{name:10} dense step {row['dense_step_s']:.4f} s, masked {row['masked_over_dense']:.3f}, update "
             f"{row['update_over_dense']:.2f} dense steps, {row['bytes_per_masked_weight']:.3f} bytes per masked weight",
