@@ -36,6 +36,7 @@ from chase_fx.graphs.standins import StandIns, ValuesNeeded
 from chase_fx.graphs.tape import Slot
 from chase_fx.graphs.traced import Capture, OutputLeaf
 from chase_fx.graphs.trees import named_tensors, tensors_in
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function
 
 __all__ = ["Captured", "Inputs", "Way", "captured", "copy_of", "quiet_torch", "record"]
@@ -149,13 +150,13 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     root = copy_of(model, blank)
     forget(root, inputs.forgotten)
     enter_mode(root, training=way.training)
-    owned = [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
-    buffers = [(m, name, b, b if way.fake else b.clone()) for m, name, b in owned]
     standins = None if way.values else StandIns(zeros, hollow=way.fake)
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, standins=standins)
     recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
     recorder.arguments.model, recorder.outcomes, recorder.training = model, way.outcomes, way.training
-    trainable = [p for p in root.parameters() if p.requires_grad]
+    trainable = [p for p in parameters_in(recorder.modules).values() if p.requires_grad]
+    owned = [(m, name, b) for _, m in recorder.modules for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b, b if way.fake else b.clone()) for m, name, b in owned]
     try:
         # Gradients stay enabled, so that a no_grad region of the forward can be told from what surrounds it; no
         # parameter asks for one, so no autograd graph is built.
@@ -225,7 +226,8 @@ def _check(recorder: Recorder, known: set[int]) -> None:
     """Values are needed if the forward asked for some, or registered new buffers that depend on them."""
     standins, tape = recorder.standins, recorder.tape
     assert standins is not None
-    made = [tape.find(buffer) for buffer in recorder.root.buffers() if id(buffer) not in known]
+    buffers = buffers_in(modules_of(recorder.root)).values()
+    made = [tape.find(buffer) for buffer in buffers if id(buffer) not in known]
     kept = standins.hollow and bool(recorder.arguments.constants)  # which may be made of what holds no data
     if kept or standins.gave_up or standins.marks(slot for slot in made if slot is not None):
         raise ValuesNeeded

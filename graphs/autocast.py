@@ -158,6 +158,7 @@ class Regions:
         self._begun: dict[int, tuple[Any, Node]] = {}  # the region is held, so that its identity stays unique
         self._open: list[tuple[int, Any, str]] = []
         self._expected = _states()
+        self._casts = torch._C._is_any_autocast_enabled()
 
     def patches(self) -> list[Patch]:
         """Patches of ``torch.autocast``."""
@@ -184,7 +185,7 @@ class Regions:
                 return enter(self)
             regions._enter(self)
             out = enter(self)
-            regions._expected = _states()
+            regions._expect()
             return out
 
         def left(self: Any, *error: Any) -> Any:
@@ -192,12 +193,21 @@ class Regions:
                 return leave(self, *error)
             regions._exit(self)
             out = leave(self, *error)
-            regions._expected = _states()
+            regions._expect()
             return out
 
         regions = self
         new: dict[str, Callable[..., Any]] = {"__init__": made, "__enter__": entered, "__exit__": left}
         return [(torch.autocast, name, function) for name, function in new.items()]
+
+    def check_call(self) -> None:
+        """``check`` before a call: as long as torch casts nothing, the rest of its state does not matter.
+
+        Raises:
+            CaptureError: the forward set it otherwise than by a region.
+        """
+        if self._casts or torch._C._is_any_autocast_enabled():
+            self.check()
 
     def check(self, end: str = "") -> None:
         """Refuse a forward that set torch's state otherwise than by a region, for nothing tells where that ends.
@@ -224,6 +234,10 @@ class Regions:
                 "it casts depends on earlier calls; use a with statement"
             )
 
+    def _expect(self) -> None:
+        self._expected = _states()
+        self._casts = torch._C._is_any_autocast_enabled()
+
     def _kind(self, device_type: str) -> Any:
         """A type of device that the forward names, or the device to read it from where the forward reads it."""
         device = self._arguments.device
@@ -237,6 +251,7 @@ class Regions:
         return node
 
     def _enter(self, region: Any) -> None:
+        self.check()
         told = region.device, region._enabled, region.fast_dtype
         known = self._settings.get(id(region))
         settings = (*told, region._cache_enabled) if known is None else known[1]  # made before the forward, or in it

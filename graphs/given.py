@@ -30,12 +30,13 @@ class Given:
     def still(self, module: nn.Module) -> bool:
         """Whether ``module`` has the tensors and settings that it had."""
         settings = self._settings[id(module)][1]
-        found = _own(module)
-        found.setdefault("training", settings.get("training"))  # which is taken away during a capture
-        return (
+        found = module.__dict__
+        for name, value in found.items():
+            if name not in _OF_MODULES and (name not in settings or not _same(value, settings[name])):
+                return False
+        # Its mode is taken away during a capture.
+        return all(name in found or name == "training" for name in settings) and (
             _tensors(module) == self._tensors[id(module)]
-            and found.keys() == settings.keys()
-            and all(value is settings[name] or _same(value, settings[name]) for name, value in found.items())
         )
 
     def mode(self, module: nn.Module) -> bool | None:
@@ -64,12 +65,12 @@ def _copy(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     if is_live(a):
         return False
     if type(a) is Watchful:
         a = plain(a)
-    if a is b:
-        return True
     if type(a) is not type(b):
         return False
     if isinstance(a, Mapping):

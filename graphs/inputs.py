@@ -17,6 +17,7 @@ from chase_fx.graphs.alone import alone
 from chase_fx.graphs.arguments import NO_DEFAULT, Arguments
 from chase_fx.graphs.binding import bind_default, bind_input, default_of
 from chase_fx.graphs.trees import holds_tensor, map_tensors, tensors_in
+from chase_fx.graphs.walk import modules_of, parameters_in
 
 __all__ = ["Blank", "add_inputs", "check_devices", "check_model", "faked", "given", "shapes"]
 
@@ -45,14 +46,14 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         call = f"; call it to make one: {model.__name__}(...)" if isinstance(model, type) else ""
         raise ArgumentError(f"model must be a torch.nn.Module, found {type(model).__name__}{call}")
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         of = f"'{name}' of {type(model).__name__}" if name else type(model).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{of} is compiled by TorchScript, which hides its operations; trace the Python model, not compiled"
             )
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if is_lazy(tensor):
+            if tensor is not None and is_lazy(tensor):
                 raise CaptureError(
                     f"'{own}' of {of} ({type(module).__name__}) has no shape before its first forward; "
                     "call the model once on its inputs, then trace it"
@@ -61,7 +62,7 @@ def check_model(model: Any) -> None:
 
 def check_devices(model: nn.Module, inputs: Any) -> torch.device | None:
     """The device of the model, ``None`` if it has several; inputs that hold nothing are refused."""
-    state = list(model.parameters())
+    state = list(parameters_in(modules_of(model)).values())
     if not state:
         raise NothingToPruneError(f"{type(model).__name__} has no parameters, so there is nothing to prune")
     if any(t.is_nested for t in tensors_in(inputs)):

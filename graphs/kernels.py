@@ -25,8 +25,9 @@ def plain_kernels(root: nn.Module) -> Iterator[None]:
     oneDNN and cuDNN would run a whole recurrent layer as one call that nothing is known of. The fused attention of
     accelerators is chosen by precision, and there is none for double; on the CPU it is one for all.
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in root.modules())
-    elsewhere = any(p.device.type not in ("cpu", "meta") for p in parameters_in(modules_of(root)).values())
+    modules = modules_of(root)
+    recurrent = any(isinstance(module, nn.RNNBase) for _, module in modules)
+    elsewhere = any(p.device.type not in ("cpu", "meta") for p in parameters_in(modules).values())
     onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(onednn and not recurrent)
     torch._C._set_cudnn_enabled(cudnn and not recurrent)

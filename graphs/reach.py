@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from chase_fx.graphs.walk import modules_of
+
 __all__ = ["Code", "attribute_homes", "codes_in", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
@@ -46,7 +48,7 @@ _known: dict[frozenset[int], tuple[tuple[Any, ...], Code]] = {}
 def reachable_code(root: nn.Module) -> Code:
     """The code that a forward of ``root`` may run."""
     seen: set[int] = set()
-    starts = {id(start): start for module in root.modules() for start in _starts(module, seen)}
+    starts = {id(start): start for _, module in modules_of(root) for start in _starts(module, seen)}
     key = frozenset(starts)
     if key in _known:
         return _known[key][1]

@@ -231,10 +231,12 @@ class Recorder(Inside):
         start = len(self.tape.ops)
         if mode is not None:  # which its own code may read
             module.__dict__["training"] = mode
+        self._active = False
         try:
-            with self._paused(), torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction():
                 return original(module, *args, **kwargs), start
         finally:
+            self._active = True
             if mode is not None:
                 module.__dict__.pop("training", None)
 

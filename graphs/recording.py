@@ -125,21 +125,24 @@ class Recording(TorchFunctionMode):
     def _finish(
         self, node: Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: int, *, in_place: bool
     ) -> Any:
-        self.regions.check()
+        self.regions.check_call()
         source = source_line()
         node.meta["source"] = source
         node.meta["in_place"] = in_place
+        operands = list(tensors_in((args, kwargs)))
         if not in_place:
-            given = {id(t) for t in tensors_in((args, kwargs))}
+            given = {id(t) for t in operands}
             if any(id(t) in given for t in tensors_in(out)):
                 # Same object in, same object out (dropout in eval mode): give it an identity of its own, or a later
                 # use of the input would be mistaken for a use of the output.
                 with self._paused(), torch._C.DisableTorchFunction():
-                    out = map_tensors(out, lambda t: torch.ops.aten.alias.default(t) if id(t) in given else t)
-        operands = tuple(self.tape.slot_of(t) for t in tensors_in((args, kwargs)))
+                    alias = torch.ops.aten.alias.default
+                    plain = type(out) is torch.Tensor
+                    out = alias(out) if plain else map_tensors(out, lambda t: alias(t) if id(t) in given else t)
+        slots = tuple(map(self.tape.slot_of, operands))
         call, sizes = call_name(node), view_sizes(node)
         for op in self.tape.ops[start:]:
-            op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, operands, sizes
+            op.node, op.source, op.call, op.operands, op.sizes = node.name, source, call, slots, sizes
         node.meta["tape"] = (start, len(self.tape.ops))
         if any(map(draws, self.tape.ops[start:])):
             node.meta["draws"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -18,6 +19,7 @@ _OWN_DIRS = tuple(f"{(_HERE / os.pardir / d).resolve()}{os.sep}" for d in ("grap
 _SKIPPED_DIRS = (_TORCH_DIR, *_OWN_DIRS, f"{_HERE}{os.sep}")
 
 
+@functools.lru_cache(maxsize=4096)
 def is_model_code(filename: str) -> bool:
     """Whether a file is neither torch's nor ours."""
     return not filename.startswith(_SKIPPED_DIRS)
@@ -43,7 +45,7 @@ def _innermost() -> tuple[str, types.FrameType | None]:
     fallback = ""
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_SKIPPED_DIRS):
+        if is_model_code(filename):
             short = filename.rpartition("site-packages" + os.sep)[2] or filename
             return f"{short}:{frame.f_lineno}", frame
         if not fallback and filename.startswith(_TORCH_DIR) and f"nn{os.sep}modules" in filename:

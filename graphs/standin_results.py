@@ -20,8 +20,9 @@ __all__ = ["CONTRACTIONS", "ELEMENTWISE", "Zeros"]
 aten = torch.ops.aten
 Result = torch.Tensor | tuple[torch.Tensor, ...] | None
 
-# Multiplications from which a contraction takes longer than zeros of its result's shape.
+# Multiplications from which a matrix product, or a convolution, takes longer than zeros of its result's shape.
 _LARGE = 1_000_000
+_LARGE_CONVOLUTION = 100_000
 # The same in elements of an elementwise result.
 _MANY = 32_768
 
@@ -39,7 +40,7 @@ class Zeros:
     def __call__(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Of the dtype and device of ``like``."""
         count = math.prod(shape)
-        if like.device.type != "cpu" or count < _MANY:
+        if count < _MANY or like.device.type != "cpu":
             return like.new_zeros(shape)
         return self._flat(like.dtype, count).view(shape)
 
@@ -67,12 +68,21 @@ def _dense(*tensors: torch.Tensor) -> bool:
 
 def _contiguous(x: torch.Tensor) -> bool:
     """Whether the strides are those of a new tensor; ``is_contiguous`` takes any for a dim of size 1."""
+    if not x.is_contiguous():
+        return False
     step = 1
-    for n, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+    for n, stride in zip(x.shape[::-1], x.stride()[::-1], strict=True):
         if stride != step:
             return False
-        step *= max(n, 1)
+        step *= n or 1
     return True
+
+
+def _is_default(x: torch.Tensor) -> bool:
+    """Whether torch lays a result out in the default way where it follows ``x``."""
+    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):  # which ends most searches
+        return True
+    return suggest_memory_format(x) is torch.contiguous_format
 
 
 # -- contractions ------------------------------------------------------------------------------------------------------
@@ -106,26 +116,26 @@ def _convolution(  # noqa: PLR0917  (the operator's own)
 ) -> Result:
     """x: (N, G*I, *s), w: (G*O, I, *k) -> (N, G*O, *s'); transposed w: (G*I, O, *k)."""
     d = w.dim() - 2
-    if x.dim() != d + 2 or any(len(sizes) != d for sizes in (stride, padding, dilation)) or not _dense(x, w):
+    if x.dim() != d + 2 or not len(stride) == len(padding) == len(dilation) == d or not _dense(x, w):
         return None
-    inner, outer = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
-    fits = x.shape[1] == inner and w.shape[0] % groups == 0 and x.dtype is w.dtype
+    (n, channels, *space), (first, second, *kernel) = x.shape, w.shape
+    inner, outer = (first, second * groups) if transposed else (second * groups, first)
+    fits = channels == inner and first % groups == 0 and x.dtype is w.dtype
     if not fits or (bias is not None and (bias.shape != (outer,) or bias.dtype is not x.dtype)):
         return None
-    space = list(zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
+    sides = zip(space, kernel, stride, padding, dilation, strict=True)
     if transposed:
-        sizes = [(n - 1) * s - 2 * p + r * (k - 1) + 1 for n, k, s, p, r in space]
-        sizes = [n + extra for n, extra in zip(sizes, output_padding, strict=True)]
+        sizes = [(m - 1) * s - 2 * p + r * (k - 1) + 1 for m, k, s, p, r in sides]
+        sizes = [m + extra for m, extra in zip(sizes, output_padding, strict=True)]
     else:
-        sizes = [(n + 2 * p - r * (k - 1) - 1) // s + 1 for n, k, s, p, r in space]
-    places = math.prod(x.shape[2:] if transposed else sizes)
-    if min(sizes, default=1) < 1 or x.shape[0] * places * w.numel() < _LARGE:
+        sizes = [(m + 2 * p - r * (k - 1) - 1) // s + 1 for m, k, s, p, r in sides]
+    places = math.prod(space if transposed else sizes)
+    if min(sizes, default=1) < 1 or n * places * w.numel() < _LARGE_CONVOLUTION:
         return None
-    shape = (x.shape[0], outer, *sizes)
-    if all(suggest_memory_format(t) is torch.contiguous_format for t in (x, w)):
-        return zeros(x, shape) if x.is_contiguous() and w.is_contiguous() else None
+    if _is_default(x) and _is_default(w):
+        return zeros(x, (n, outer, *sizes)) if x.is_contiguous() and w.is_contiguous() else None
     if d == 2 and not transposed and x.dtype is torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
-        return zeros(x, (shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
+        return zeros(x, (n, *sizes, outer)).permute(0, 3, 1, 2)
     return None
 
 
@@ -251,6 +261,16 @@ def _layer_norm(
     return zeros(x, x.shape), zeros(x, sizes), zeros(x, sizes)
 
 
+def _mean(zeros: Zeros, x: torch.Tensor, dims: Sequence[int] | None, keepdim: bool = False, **others: Any) -> Result:
+    """x: any shape, over ``dims``."""
+    if not dims or others or not _many(x) or not _contiguous(x) or not all(-x.dim() <= d < x.dim() for d in dims):
+        return None
+    gone = {d % x.dim() for d in dims}
+    if len(gone) < len(dims):
+        return None
+    return zeros(x, [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone])
+
+
 def _batch_norm(  # noqa: PLR0917  (the operator's own)
     zeros: Zeros,
     x: torch.Tensor,
@@ -267,11 +287,7 @@ def _batch_norm(  # noqa: PLR0917  (the operator's own)
         return None
     if any(t.shape != x.shape[1:2] or t.dtype is not x.dtype for t in given):
         return None
-    return zeros(x, x.shape), x.new_zeros(0), x.new_zeros(0)
-
-
-def _is_default(x: torch.Tensor) -> bool:
-    return suggest_memory_format(x) is torch.contiguous_format
+    return zeros(x, x.shape), x.new_empty(0), x.new_empty(0)
 
 
 def _cat(zeros: Zeros, tensors: Sequence[torch.Tensor], dim: int = 0) -> Result:
@@ -334,6 +350,7 @@ ELEMENTWISE: dict[Any, Callable[..., Result]] = {
     aten._to_copy.default: _to_copy,
     aten._softmax.default: _softmax,
     aten.native_layer_norm.default: _layer_norm,
+    aten.mean.dim: _mean,
     aten.native_batch_norm.default: _batch_norm,
     aten.cat.default: _cat,
     aten.clone.default: _clone,

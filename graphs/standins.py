@@ -109,13 +109,18 @@ class StandIns:
             self.need(slot for slot in slots_in(args[1]) if slot.dtype in (torch.bool, torch.uint8))
         elif func.namespace != "aten" or _depends_on_data(func):
             self.give_up()
-        if func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = list(slots_in(args[i] if i < len(args) else kwargs.get(argument.name)))
-                    if any(slot.storage in self._parameters for slot in written):
-                        self.give_up()
-                    self.follow(written, (self._given, self._marked))
+        for i, name in _written(func):
+            written = list(slots_in(args[i] if i < len(args) else kwargs.get(name)))
+            if any(slot.storage in self._parameters for slot in written):
+                self.give_up()
+            self.follow(written, (self._given, self._marked))
+
+
+@functools.cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of each argument that the operator writes to."""
+    given = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in given if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ what hundreds of torch functions and modules do.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -235,8 +236,8 @@ class TapeMode(TorchDispatchMode):
                 raise
             x = args[0]
             out = (torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
-        if func._schema.name.rpartition("::")[2] in _RESHAPING and isinstance(out, torch.Tensor):
-            op.outs = (tape.add(out),)
+        if isinstance(out, torch.Tensor):
+            op.outs = ((tape.add if _reshapes(func) else tape.slot_of)(out),)
         else:
             op.outs = tuple(_slots_of_output(out, tape))
         if self.standins is not None:
@@ -245,15 +246,17 @@ class TapeMode(TorchDispatchMode):
         return out
 
 
+@functools.cache
+def _reshapes(func: Any) -> bool:
+    return func._schema.name.rpartition("::")[2] in _RESHAPING
+
+
 def _replace(value: Any, slot_of: Callable[[torch.Tensor], Slot]) -> Any:
     if isinstance(value, torch.Tensor):
         return slot_of(value)
     if isinstance(value, (tuple, list)):
-        return (
-            type(value)([_replace(v, slot_of) for v in value])
-            if type(value) in (tuple, list)
-            else tuple(_replace(v, slot_of) for v in value)
-        )
+        made = list if type(value) is list else tuple
+        return made([_replace(v, slot_of) for v in value])
     if isinstance(value, dict):
         return {k: _replace(v, slot_of) for k, v in value.items()}
     return int(value) if isinstance(value, int) and type(value) is not int and type(value) is not bool else value

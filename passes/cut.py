@@ -25,6 +25,7 @@ from chase_fx.graphs.provenance import tell_data_from_sizes
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule
+from chase_fx.graphs.walk import modules_of, parameters_in
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize
 from chase_fx.passes.sites import CallSite, Places
@@ -95,7 +96,7 @@ class _Buffers:
     def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
         self._root, self._masks = root, masks
         self._names: dict[bytes, str] = {}
-        devices = {p.device for p in root.parameters()} - {torch.device("meta")}
+        devices = {p.device for p in parameters_in(modules_of(root)).values()} - {torch.device("meta")}
         self._device = devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def __call__(self, axis: Axis) -> str:
@@ -154,6 +155,7 @@ def _rewrite_graph(
         start, stop = node.meta.get("tape", (0, 0))
         return [facts[i] for i in range(start, stop) if i in facts]
 
+    modules = dict(modules_of(root))
     places: Places = {}
     around: list[Places] = []  # what was known before the branches that the node is in
     for node in list(new.nodes):
@@ -163,7 +165,7 @@ def _rewrite_graph(
             places = dict(around[-1]) if node.target is otherwise else around.pop()
         site = CallSite(new, node, counts, labels, noted(node), buffers, places)
         if node.op == "call_module":
-            _resize_called(root.get_submodule(given_path(str(node.target))), site, sizes)
+            _resize_called(modules[given_path(str(node.target))], site, sizes)
         elif node.op in ("call_function", "call_method"):
             name = call_name(node)
             if name in ("size", "numel"):

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.leaves import SIZE_ATTRIBUTES, Leaves
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 
 __all__ = ["resize", "slice_tensor", "slim_tree"]
 
@@ -33,8 +34,9 @@ def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
     The slices go into deepcopy's memo, so ties between modules survive and the dense tensors are never copied.
     """
     memo: dict[int, Any] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name not in pruned:
+    modules = modules_of(module)
+    for name, tensor in (*parameters_in(modules).items(), *buffers_in(modules).items()):
+        if name not in pruned or id(tensor) in memo:  # it has an earlier name
             continue
         sliced = slice_tensor(tensor, pruned[name])
         if isinstance(tensor, nn.Parameter):

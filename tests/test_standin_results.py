@@ -38,6 +38,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "conv2d": lambda: conv((2, 32, 30, 31), (64, 32, 3, 2)),
     "conv3d": lambda: conv((1, 16, 10, 11, 12), (32, 16, 3, 3, 3)),
     "depthwise": lambda: conv((1, 96, 57, 56), (96, 1, 7, 7), groups=96),
+    "small depthwise": lambda: conv((1, 240, 28, 28), (240, 1, 3, 3), groups=240),
+    "1x1 of a place": lambda: conv((1, 240, 1, 1), (960, 240, 1, 1)),
     "grouped": lambda: conv((2, 32, 30, 31), (64, 8, 3, 3), groups=4),
     "channels last": lambda: conv((2, 32, 30, 31), (64, 32, 3, 3), last=True),
     "depthwise, channels last": lambda: conv((1, 96, 57, 56), (96, 1, 7, 7), groups=96, last=True),
@@ -99,6 +101,10 @@ def elementwise(draw: st.DrawFn) -> Any:
         args = x, draw(st.sampled_from((2, 0.5, -1)))
     elif name == "_softmax":
         args = x, draw(st.integers(-len(shape), len(shape) - 1)), False
+    elif name == "mean":
+        dims = draw(st.lists(st.integers(-len(shape), len(shape) - 1), max_size=3))
+        args = x, draw(st.sampled_from((dims, None))), draw(st.booleans())
+        kwargs = draw(st.sampled_from(({}, {}, {"dtype": torch.float64})))
     elif name == "native_layer_norm":
         last = shape[draw(st.integers(0, len(shape) - 1)) :]
         args = x, last, *(draw(st.sampled_from((None, torch.ones(last, dtype=dtype)))) for _ in "wb"), 1e-5
@@ -141,6 +147,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
         (torch.ones(1, 64, 32, 32), *(torch.ones(64) for _ in range(4)), False, 0.1, 1e-5),
     ),
     "cat": lambda: (aten.cat.default, ([torch.ones(64, 1024), torch.ones(3, 1024)],)),
+    "mean": lambda: (aten.mean.dim, (torch.ones(1, 64, 32, 32), [2, 3], True)),
     "power": lambda: (aten.pow.Tensor_Scalar, (torch.ones(64, 1024).t(), 2)),
     "embedding": lambda: (aten.embedding.default, (torch.ones(64, 1024), torch.zeros(40, dtype=torch.int64))),
     "clone": lambda: (aten.clone.default, (torch.ones(64, 1024),)),
