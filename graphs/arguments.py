@@ -245,7 +245,8 @@ class Arguments:
     def _made_here(self, tensor: torch.Tensor) -> bool:
         """Whether the forward computed ``tensor``, as it did not a literal that it turned into a tensor."""
         known = self.tape.find(tensor)
-        makers = [op.op for op in self.tape.ops if known in op.outs] if known is not None else []
+        ops = self.tape.ops if known is not None else []
+        makers = [op.op for op in ops if known in op.outs and known not in op.inputs()]  # others write to what there is
         return any(op is not torch.ops.aten.lift_fresh.default for op in makers) or tensor.grad_fn is not None
 
     def _wrapped(self, tensor: torch.Tensor, twin: torch.Tensor) -> Node:

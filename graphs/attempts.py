@@ -30,6 +30,7 @@ from chase_fx.graphs.modes import enter_mode
 from chase_fx.graphs.outcomes import Outcomes
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.remembered import Attributes, forget
+from chase_fx.graphs.restored import restore
 from chase_fx.graphs.source import line_of_error
 from chase_fx.graphs.standin_results import Zeros
 from chase_fx.graphs.standins import StandIns, ValuesNeeded
@@ -170,6 +171,7 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
             recorder.check_generators()
             check_unchanged(recorder.arguments)
             recorder.finish(out)
+            restore(root, None if way.fake else model, recorder.tape, recorder.arguments.constants)
     except ChaseError:
         raise
     except Exception as e:
@@ -191,8 +193,9 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     if recorder.standins is not None:
         _check(recorder, {id(buffer) for _, _, buffer, _ in buffers})
     recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
-    written = recorder.arguments.written
-    leaves = tuple(OutputLeaf(path, recorder.tape.slot_of(t)) for path, t in (*named_tensors(out), *written))
+    leaves = tuple(
+        OutputLeaf(path, recorder.tape.slot_of(t)) for path, t in (*named_tensors(out), *recorder.arguments.written)
+    )
     if not leaves:
         raise CaptureError(f"{type(root).__name__}.forward returned no tensor, found {type(plain(out)).__name__}")
     recorder.outputs = leaves

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from chase_fx.errors import UnsupportedOpError
 from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
@@ -170,9 +171,10 @@ class _Propagation:
             answer = Refusal(f"the rule could not be applied ({type(e).__name__}: {e})")
         if isinstance(answer, Refusal):
             return self._refuse(view, answer.reason)
-        if (answer and isinstance(answer[0], Axis)) or (len(view.op.outs) == 1 and answer == ()):
-            answer = [answer]  # type: ignore[list-item]  # the labels of the only output
-        found: list[Labels] = list(answer)  # type: ignore[arg-type]  # those of each output
+        given: Any = answer
+        if (given and isinstance(given[0], Axis)) or (len(view.op.outs) == 1 and given == ()):
+            given = [given]  # the labels of the only output
+        found: list[Labels] = list(given)
         if view.op.own_sizes:
             _freeze_what_is_cut(view, found)
         return found

@@ -98,7 +98,8 @@ def size_of(site: CallSite, number: Any) -> Size:
 def varies(site: CallSite, number: Node) -> bool:
     """Whether a number may be another one in another call."""
     if number.op == "call_method" and number.target == "size" and len(number.args) == 2:
-        labels, dim = site.labels(number.args[0]), number.args[1]  # type: ignore[arg-type]  # a tensor has a size
+        tensor, dim = number.args
+        labels = site.labels(tensor) if isinstance(tensor, Node) else None
         return labels is None or not isinstance(dim, int) or not is_certain(sequence(site.counts, labels[dim]))
     return "slot" in number.meta or any(varies(site, part) for part in number.all_input_nodes)
 

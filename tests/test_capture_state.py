@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,3 +153,69 @@ def test_the_mode_is_that_of_the_model(training: bool) -> None:
     traced = chase_fx.trace(net, x)
     assert {m.training for m in traced.modules()} == {training}
     assert torch.equal(traced(x)["2"], net(x)["2"])
+
+
+class _Holder:
+    def __init__(self) -> None:
+        self.tensor = torch.ones(8, dtype=torch.float64)
+
+
+class _Writing(Body):
+    """Writes to something before it multiplies with it."""
+
+    def __init__(self, write: Callable[[_Writing], Tensor]) -> None:
+        super().__init__()
+        self.tensor, self.inner = torch.ones(8, dtype=torch.float64), [{"holder": _Holder()}]
+        self.write = (write,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.write[0](self)
+        return self.b(self.a(x) * scale)
+
+
+def _of_array(array: np.ndarray) -> Tensor:
+    return torch.as_tensor(array).mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.a.bias.mul_(0.5),
+        lambda m: m.a.bias.data.mul_(0.5),
+        lambda m: torch.mul(m.a.bias, 0.5, out=m.a.bias),
+        lambda m: m.a.bias[:3].mul_(0.5).sum(),
+        lambda m: m.tensor.mul_(0.5),
+        lambda m: m.tensor.copy_(m.tensor * 0.5),
+        lambda m: m.inner[0]["holder"].tensor.mul_(0.5),
+    ],
+    ids=["parameter", "data", "out", "view", "attribute", "attribute that is read", "attribute of an object"],
+)
+def test_a_capture_is_no_call(write: Callable[[_Writing], Tensor]) -> None:
+    """What the forward writes to is as it was, and the graph writes to it once in a call."""
+    net, x = _Writing(write).double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
+    traced = chase_fx.trace(net, x)
+    for name, value in before.items():
+        assert torch.equal(traced.state_dict()[name], value)
+    for _ in range(3):
+        assert torch.equal(traced(x), net(x))
+
+
+_GLOBAL = torch.ones(8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda _: _of_array(np.ones(8)),
+        lambda _: torch.from_numpy(np.ones(8)).mul_(0.5),
+        lambda _: _GLOBAL.mul_(0.5),
+        lambda _: _GLOBAL.copy_(_GLOBAL * 0.5),
+    ],
+    ids=["array", "memory of an array", "global", "global that is read"],
+)
+def test_writes_to_what_nobody_holds_are_refused(write: Callable[[_Writing], Tensor]) -> None:
+    """The graph would go on with what it wrote, where the model may begin anew."""
+    with pytest.raises(CaptureError, match=r"writes at .*test_capture_state.py:\d+ to a tensor of shape \(8,\)"):
+        chase_fx.trace(_Writing(write).double(), torch.randn(3, 4, dtype=torch.float64))

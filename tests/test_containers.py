@@ -21,6 +21,7 @@ import chase_fx
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.described import described
 from tests.test_inputs import Given, images
+from tests.test_results import Returning
 
 
 class Slotted(list[Any]):
@@ -115,20 +116,6 @@ def test_sets_inside_of_objects_are_told_in_other_processes() -> None:
 
     assert found.stdout.strip() == described(types.SimpleNamespace(k=words))
     assert found.stdout.strip() != described(types.SimpleNamespace(k={*words, "another"}))
-
-
-class Returning(nn.Module):
-    """A layer, and what ``result`` makes of its value."""
-
-    def __init__(self, result: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 3).double()
-        self.result = (result,)
-
-    def forward(self, x: Tensor) -> Any:
-        """(N, 4) to a pair."""
-        y = self.a(x)
-        return y, self.result[0](y, x)
 
 
 class Attributes(dict[str, Any]):

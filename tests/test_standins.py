@@ -149,7 +149,7 @@ def test_what_does_not_depend_on_the_inputs_is_computed(runs: list[bool]) -> Non
 
 
 class Initialised(nn.Module):
-    """Sets a parameter from the data of the first forward."""
+    """Sets a parameter from the data of each forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,6 +168,8 @@ def test_parameters_are_set_from_real_values(runs: list[bool]) -> None:
     net, x = Initialised(), torch.randn(2, W)
     traced = chase_fx.trace(net, x)
     assert runs == [False, True]
+    assert not traced.get_parameter("shift").any()
+    traced(x)
     torch.testing.assert_close(traced.get_parameter("shift").data, -net.first(x).mean(0).detach())
 
 
