@@ -2,9 +2,9 @@
 
 Every model has a process of its own, which compiles while the others do; then they are timed one after the other. Dense
 and slim calls are taken in turn, and times are medians by CUDA events. Widths are measured as they come, and rounded to
-multiples of 16, which tensor cores ask for. At batch 1, where starting kernels takes most of the time, compiled calls
-are CUDA graphs (``mode="reduce-overhead"``). Single precision is TF32. Compile times are those of first calls while the
-other models compile too. Weights are random, which changes no time.
+multiples of 16, which tensor cores ask for; cuDNN picks the fastest kernels for either. At batch 1, where starting
+kernels takes most of the time, compiled calls are CUDA graphs (``mode="reduce-overhead"``). Single precision is TF32.
+Compile times are those of first calls while the other models compile too. Weights are random, which changes no time.
 
 Run: python benchmarks/gpu_latency.py [--seconds 240] [--models resnet50 decoder ...]
 """
@@ -212,6 +212,7 @@ def work(name: str, options: argparse.Namespace, end: float, shared: tuple[Any, 
     device = options.device
     torch.manual_seed(0)
     torch.set_num_threads(2)  # of each process
+    torch.backends.cudnn.benchmark = True  # the best kernel for each width
     torch.set_float32_matmul_precision("high")
     dynamo.recompile_limit = 64  # all variants have one forward
     rows: list[dict[str, Any]] = []
