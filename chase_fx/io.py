@@ -120,6 +120,7 @@ def load(
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise CheckpointError(f"{path}: the example inputs are damaged ({type(e).__name__}: {e})") from e
         model = _in_precision_of(tensors, model)  # that of these inputs
+    model = _with_indices_of(tensors, model)
     slim = rewrite(trace(model, () if args is None else args, kwargs), plan)
     state = {name: t for name, t in tensors.items() if not name.startswith(_INPUT)}
     state.update({alias: state[name] for alias, name in aliases.items() if name in state})
@@ -164,6 +165,23 @@ def _in_precision_of(stored: Mapping[str, torch.Tensor], model: _Model) -> _Mode
     state = model.state_dict(keep_vars=True)
     for name in other:
         state[name].data = state[name].data.to(stored[name].dtype)
+    return model
+
+
+def _with_indices_of(stored: Mapping[str, torch.Tensor], model: _Model) -> _Model:
+    """``model``, or a copy of it with the stored whole numbers: an order of channels decides which are coupled."""
+    other = {
+        name: stored[name]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dim() and not (tensor.is_floating_point() or tensor.is_complex()) and name in stored
+        if stored[name].shape == tensor.shape and not torch.equal(stored[name], tensor.cpu())
+    }
+    if not other:
+        return model
+    model = copy.deepcopy(model)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in other.items():
+        own[name].data.copy_(tensor)
     return model
 
 

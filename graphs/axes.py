@@ -7,6 +7,7 @@ An axis of size ``n`` is one of
 ``Cat``    axes laid end to end: ``cat``, ``split``, slices.
 ``Prod``   index ``(i, j)`` in row-major order is kept iff ``i`` is kept in the first factor *and* ``j`` in the second:
            flatten, view, groups x channels in a group, heads x head_dim.
+``Picked`` index ``i`` is index ``index[i]`` of another axis: permutations, channels that are chosen or read twice.
 
 Operators only ever *equate* axes (:mod:`chase_fx.graphs.unification`). An atom that is equated with something is bound
 to it, and an atom that has to be cut (by a slice) or factored (by a view) is bound to the pieces, so
@@ -27,9 +28,26 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Atom", "Axis", "Cat", "Cause", "Fixed", "Prod", "atoms_of", "bind", "keep_mask", "kept_count", "resolve"]
+__all__ = [
+    "Atom",
+    "Axis",
+    "BoolArray",
+    "Cat",
+    "Cause",
+    "Fixed",
+    "Picked",
+    "Places",
+    "Prod",
+    "atoms_of",
+    "bind",
+    "is_reordered",
+    "keep_mask",
+    "kept_count",
+    "resolve",
+]
 
 BoolArray = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.int64]
 AxisName = tuple[str, int]
 
 
@@ -130,6 +148,22 @@ class Prod(_Compound):
         return "prod(" + ", ".join(map(repr, self.factors)) + ")"
 
 
+class Picked(_Compound):
+    """Indices of another axis in another order; each unit of an atom stands in as many places as any other of it.
+
+    In normal form the other axis is an atom, a product, or a concatenation of such.
+    """
+
+    __slots__ = ("base", "index")
+
+    def __init__(self, base: Axis, index: Places) -> None:
+        self.base, self.index = base, index
+        super().__init__(len(index))
+
+    def __repr__(self) -> str:
+        return f"picked({self.base!r}, {self.size})"
+
+
 _TRIVIAL = Cause("", "size 1")
 _bindings = itertools.count(1)
 _bound = 0  # how many bindings were made so far: a normal form holds until the next one
@@ -157,7 +191,10 @@ def resolve(axis: Axis) -> Axis:
     if not isinstance(axis, _Compound):
         return axis
     if axis.known != _bound:
-        normal = _resolve_cat(axis) if isinstance(axis, Cat) else _resolve_prod(cast("Prod", axis))
+        if isinstance(axis, Cat):
+            normal = _resolve_cat(axis)
+        else:
+            normal = _resolve_prod(axis) if isinstance(axis, Prod) else _resolve_picked(cast("Picked", axis))
         for found in (axis, normal) if isinstance(normal, _Compound) else (axis,):
             found.known, found.normal, found.atoms = _bound, normal, None
     return axis.normal
@@ -205,6 +242,26 @@ def _resolve_prod(axis: Prod) -> Axis:
     return Prod(factors) if changed else axis
 
 
+def _resolve_picked(axis: Picked) -> Axis:
+    base, index = resolve(axis.base), axis.index
+    if isinstance(base, Fixed):
+        return Fixed(axis.size, base.cause, frozen=base.frozen)
+    if isinstance(base, Picked):
+        index = base.index[index]
+        base = base.base
+    elif isinstance(base, Cat) and any(isinstance(part, Picked) for part in base.parts):
+        parts, places, offset = list[Axis](), list[Places](), 0
+        for part in base.parts:
+            inner, own = (part.base, part.index) if isinstance(part, Picked) else (part, np.arange(part.size))
+            parts.append(inner)
+            places.append(own + offset)
+            offset += inner.size
+        base, index = resolve(Cat(parts)), np.concatenate(places)[index]
+    if len(index) == base.size and bool((index == np.arange(base.size)).all()):
+        return base
+    return axis if base is axis.base and index is axis.index else Picked(base, index)
+
+
 def atoms_of(axis: Axis) -> Sequence[Atom]:
     """Every live atom of the normal form, left to right, repeated where it occurs twice."""
     axis = resolve(axis)
@@ -213,9 +270,21 @@ def atoms_of(axis: Axis) -> Sequence[Atom]:
     if not isinstance(axis, _Compound):
         return ()
     if axis.atoms is None:
-        pieces = axis.parts if isinstance(axis, Cat) else cast("Prod", axis).factors
-        axis.atoms = tuple(atom for piece in pieces for atom in atoms_of(piece))
+        axis.atoms = tuple(atom for piece in _pieces(axis) for atom in atoms_of(piece))
     return axis.atoms
+
+
+def _pieces(axis: Axis) -> tuple[Axis, ...]:
+    """What a normal form is made of."""
+    if isinstance(axis, Cat):
+        return axis.parts
+    return axis.factors if isinstance(axis, Prod) else (axis.base,) if isinstance(axis, Picked) else ()
+
+
+def is_reordered(axis: Axis) -> bool:
+    """Whether indices of another axis are in another order anywhere in it."""
+    axis = resolve(axis)
+    return isinstance(axis, Picked) or any(map(is_reordered, _pieces(axis)))
 
 
 def fixed_of(axis: Axis) -> Iterator[Fixed]:
@@ -223,12 +292,8 @@ def fixed_of(axis: Axis) -> Iterator[Fixed]:
     axis = resolve(axis)
     if isinstance(axis, Fixed):
         yield axis
-    elif isinstance(axis, Cat):
-        for part in axis.parts:
-            yield from fixed_of(part)
-    elif isinstance(axis, Prod):
-        for factor in axis.factors:
-            yield from fixed_of(factor)
+    for piece in _pieces(axis):
+        yield from fixed_of(piece)
 
 
 def keep_mask(axis: Axis, kept: Mapping[Atom, BoolArray]) -> BoolArray | None:
@@ -251,6 +316,9 @@ def keep_mask(axis: Axis, kept: Mapping[Atom, BoolArray]) -> BoolArray | None:
             m = np.ones(factor.size, dtype=np.bool_) if mask is None else mask
             out = np.logical_and.outer(out, m).reshape(-1)
         return out
+    if isinstance(axis, Picked):
+        found = keep_mask(axis.base, kept)
+        return None if found is None else found[axis.index]
     return None
 
 
@@ -263,4 +331,12 @@ def kept_count(axis: Axis, kept: Mapping[Atom, int]) -> int:
         return sum(kept_count(p, kept) for p in axis.parts)
     if isinstance(axis, Prod):
         return math.prod(kept_count(f, kept) for f in axis.factors)
+    if isinstance(axis, Picked):
+        parts = axis.base.parts if isinstance(axis.base, Cat) else (axis.base,)
+        ends = np.cumsum([part.size for part in parts])
+        times = np.bincount(np.searchsorted(ends, axis.index, side="right"), minlength=len(parts)).tolist()
+        return sum(
+            n if isinstance(part, Fixed) else kept_count(part, kept) * n // part.size
+            for part, n in zip(parts, times, strict=True)
+        )
     return axis.size

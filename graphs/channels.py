@@ -15,7 +15,8 @@ import torch
 
 from chase_fx.errors import ArgumentError
 from chase_fx.graphs import select
-from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, fixed_of, keep_mask, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Picked, Prod, atoms_of, fixed_of, keep_mask, resolve
+from chase_fx.graphs.constants import Constants, digest
 from chase_fx.graphs.garbage import uncollected
 from chase_fx.graphs.hand_masks import masks_by_atom
 from chase_fx.graphs.labels import Labelling, Unknown, propagate
@@ -23,6 +24,8 @@ from chase_fx.graphs.outputs import Outputs, select_outputs
 from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.rules import DEFAULT_RULES, Rules
 from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
+from chase_fx.graphs.units import units_along
+from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 
 __all__ = ["ChannelGraph", "Group", "Member", "analyze"]
 
@@ -127,7 +130,7 @@ class ChannelGraph:
         axis = resolve(self.labelling.state[name][dim])
         found = self._units.get(id(axis))
         if found is None:  # tensors of one layer share their axes; the axis is held so that its id stays its own
-            found = self._units[id(axis)] = (axis, _units(axis))
+            found = self._units[id(axis)] = (axis, units_along(axis))
         return found[1]
 
     @property
@@ -292,45 +295,6 @@ class ChannelGraph:
         return masks
 
 
-Placed = list[tuple[Atom, np.ndarray, np.ndarray]]
-
-
-def _place(axis: Axis) -> Placed:
-    """Where the units of each atom lie along an axis in normal form: (atom, units, positions) per occurrence."""
-    if isinstance(axis, Atom):
-        every = np.arange(axis.size)
-        return [(axis, every, every)]
-    out: Placed = []
-    if isinstance(axis, Cat):
-        offset = 0
-        for part in axis.parts:
-            out += [(atom, units, positions + offset) for atom, units, positions in _place(part)]
-            offset += part.size
-    elif isinstance(axis, Prod):
-        outer, inner = 1, axis.size
-        for factor in axis.factors:
-            inner //= factor.size
-            rows, columns = np.arange(outer)[:, None, None], np.arange(inner)
-            for atom, units, positions in _place(factor):
-                flat = (rows * factor.size + positions[:, None]) * inner + columns
-                out.append((atom, np.broadcast_to(units[:, None], flat.shape).reshape(-1), flat.reshape(-1)))
-            outer *= factor.size
-    return out
-
-
-def _units(axis: Axis) -> dict[Atom, np.ndarray]:
-    """For each atom, (m, 2) pairs of (unit, position along ``axis``), sorted by unit and position."""
-    found: dict[Atom, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for atom, units, positions in _place(axis):
-        found.setdefault(atom, []).append((units, positions))
-    out = {}
-    for atom, pairs in found.items():
-        units, positions = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        order = np.lexsort((positions, units))
-        out[atom] = np.stack([units[order], positions[order]], axis=1)
-    return out
-
-
 def _show(axis: AxisName) -> str:
     return f"{axis[0]}[dim {axis[1]}]"
 
@@ -343,7 +307,32 @@ def _text(axis: Axis, names: Mapping[Atom, str]) -> str:
         return "(" + " + ".join(_text(p, names) for p in axis.parts) + ")"
     if isinstance(axis, Prod):
         return "(" + " * ".join(_text(f, names) for f in axis.factors) + ")"
+    if isinstance(axis, Picked):
+        return f"{_text(axis.base, names)}[{hashlib.sha256(axis.index.tobytes()).hexdigest()[:16]}]"
     return str(axis.size)
+
+
+def _tensors(traced: TracedModule) -> dict[str, torch.Tensor]:
+    modules = modules_of(traced)
+    return {**parameters_in(modules), **buffers_in(modules)}
+
+
+def _constants(traced: TracedModule, info: TraceInfo) -> list[Constants]:
+    """For each capture; two that are one graph have the same."""
+    tensors, tapes = _tensors(traced), [capture.tape for capture in info.captures]
+    found = [
+        Constants(tensors, info.aliases, graph, [tapes[k], *tapes[:k], *tapes[k + 1 :]])
+        for k, graph in enumerate(traced.graphs())
+    ]
+    return found + found[:1] * (len(tapes) - len(found))
+
+
+def _holds(labelling: Labelling, traced: TracedModule) -> bool:
+    """Whether the indices that an analysis goes by are those of this copy of the module, if it has values."""
+    if not labelling.told:
+        return True
+    tensors = _tensors(traced)
+    return all(tensors[name].is_meta or digest(tensors[name]) == told for name, told in labelling.told.items())
 
 
 @uncollected()
@@ -381,8 +370,9 @@ def analyze(
     paths = select_outputs(info, outputs)
     key = (paths, id(rules))
     found = info.analyses.get(key)
-    if found is None or on_unknown == "raise":
-        labelling = propagate(info, rules, paths, raise_on_unknown=on_unknown == "raise")
+    if found is None or on_unknown == "raise" or not _holds(found[1], traced):
+        raise_on_unknown = on_unknown == "raise"
+        labelling = propagate(info, rules, paths, _constants(traced, info), raise_on_unknown=raise_on_unknown)
         found = info.analyses[key] = (rules, labelling)
     # Labels depend on the structure alone and are shared by every copy of the module; scores read weights, so a
     # channel graph belongs to its module.

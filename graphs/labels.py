@@ -12,6 +12,7 @@ from typing import Any
 
 from chase_fx.errors import UnsupportedOpError
 from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
+from chase_fx.graphs.constants import Constants
 from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
 from chase_fx.graphs.rules.normaliser import DECISIVE, decisive
 from chase_fx.graphs.rules.recurrent import projections
@@ -41,6 +42,7 @@ class Labelling:
         state: axes of parameters, buffers and constants by name.
         slots: per capture, the labels of every tensor by slot index.
         facts: per capture, what the rule of each taped operator noted, by position on the tape.
+        told: digests of the tensors whose values decide which channels are coupled, by name.
     """
 
     axes: Axes
@@ -50,10 +52,18 @@ class Labelling:
     edges: list[Edge] = field(default_factory=list)
     unknown: list[Unknown] = field(default_factory=list)
     producers: set[tuple[str, int]] = field(default_factory=set)
+    told: dict[str, str] = field(default_factory=dict)
 
 
-def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, raise_on_unknown: bool) -> Labelling:
-    """Label every tensor of every capture, freeze what has to stay, and settle the rest."""
+def propagate(
+    info: TraceInfo,
+    rules: Rules,
+    frozen_outputs: Iterable[str],
+    constants: Sequence[Constants],
+    *,
+    raise_on_unknown: bool,
+) -> Labelling:
+    """Label every tensor of every capture, freeze what has to stay, and settle the rest; ``constants`` are theirs."""
     axes = Axes()
     state = {
         name: tuple(axes.atom(n, (name, d)) for d, n in enumerate(shape))
@@ -64,10 +74,11 @@ def propagate(info: TraceInfo, rules: Rules, frozen_outputs: Iterable[str], *, r
         state[alias] = state[name]
     labelling = Labelling(axes, state)
     used: set[str] = set()
-    for capture in info.captures:
-        propagation = _Propagation(labelling, capture, rules, raise_on_unknown)
+    for capture, told in zip(info.captures, constants, strict=True):
+        propagation = _Propagation(labelling, capture, rules, raise_on_unknown, told)
         propagation.run()
         used |= propagation.used
+        labelling.told.update(told.read)
     keep = set(frozen_outputs)
     for capture, labels in zip(info.captures, labelling.slots, strict=True):
         for leaf in capture.outputs:
@@ -90,6 +101,7 @@ class _Propagation:
     capture: Capture
     rules: Rules
     raise_on_unknown: bool
+    constants: Constants
     labels: dict[int, Labels] = field(default_factory=dict)
     facts: dict[int, Facts] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -144,7 +156,7 @@ class _Propagation:
         return True
 
     def _apply(self, op: TapedOp, facts: Facts, *, decides: bool) -> None:
-        view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts)
+        view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts, constants=self.constants)
         for slot, given in zip(op.outs, [decisive(view)] if decides else self._answer(view), strict=False):
             label = given
             if tuple(axis.size for axis in given) != slot.shape:

@@ -13,7 +13,7 @@ from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.tape import SizeRead, Sizes, Tape, TapedOp
 
-__all__ = ["from_data", "tell_data_from_sizes", "view_sizes"]
+__all__ = ["from_data", "size_read", "tell_data_from_sizes", "view_sizes"]
 
 _VIEWS = frozenset({"view", "reshape", "view_copy", "_unsafe_view"})
 
@@ -25,10 +25,11 @@ def view_sizes(node: Node) -> Sizes:
     given: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
-    return tuple(None if isinstance(size, int) and size < 0 else _read(size) for size in given)
+    return tuple(None if isinstance(size, int) and size < 0 else size_read(size) for size in given)
 
 
-def _read(size: Any) -> SizeRead:
+def size_read(size: Any) -> SizeRead:
+    """What a number was computed from."""
     if not isinstance(size, Node):
         return SizeRead()
     found: SizeRead | None = size.meta.get("origins")
@@ -39,9 +40,9 @@ def _read(size: Any) -> SizeRead:
             pair = (slot, size.args[1])
             found = SizeRead((pair,), (pair,))
         else:
-            origins = dict.fromkeys(pair for part in size.all_input_nodes for pair in _read(part).origins)
+            origins = dict.fromkeys(pair for part in size.all_input_nodes for pair in size_read(part).origins)
             product = size.target is operator.mul and all(map(_is_whole, size.args))
-            factors = [pair for part in size.args if product for pair in _read(part).factors]
+            factors = [pair for part in size.args if product for pair in size_read(part).factors]
             found = SizeRead(tuple(origins), tuple(factors))
         size.meta["origins"] = found
     return found

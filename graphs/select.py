@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chase_fx.errors import ArgumentError, NothingToPruneError
-from chase_fx.graphs.axes import Atom, Axis, Cat, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Picked, Prod, atoms_of, resolve
 from chase_fx.graphs.magnitude import Magnitude
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
         elif isinstance(axis, Cat):
             for part in axis.parts:
                 visit(part, outer)
+        elif isinstance(axis, Picked):
+            visit(axis.base, outer)
         elif isinstance(axis, Prod):
             for i, factor in enumerate(axis.factors):
                 others = [f for j, f in enumerate(axis.factors) if j != i]

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
-from chase_fx.graphs.axes import Atom, Axis, AxisName, Cat, Cause, Fixed, Prod, atoms_of, bind, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Picked, Prod, atoms_of, bind, resolve
+from chase_fx.graphs.elements import Elements
+from chase_fx.graphs.picking import Picking
+from chase_fx.graphs.store import TRIVIAL
 
 __all__ = ["Axes"]
 
 # A misaligned cut of a product repeats its rows explicitly; past this many rows the axis is frozen instead.
 _MAX_ROWS = 1024
 
-_TRIVIAL = Cause("", "size 1")
 
-
-class Axes:
-    """A store of atoms with the three operations that rules use: ``unify``, ``take`` and ``split``."""
-
-    def __init__(self) -> None:
-        self._serial = 0
-        self.told_by_weights: set[Cause] = set()  # why dims of inputs are fixed that a weight is multiplied with
-
-    def atom(self, size: int, owner: AxisName) -> Axis:
-        """A fresh axis of ``size`` free units. A single unit can never go, since its dim would be empty: fixed."""
-        if size <= 1:
-            return Fixed(size, _TRIVIAL)
-        self._serial += 1
-        return Atom(size, owner, self._serial)
-
-    def freeze(self, axis: Axis, cause: Cause) -> None:
-        """Keep every index of ``axis``, and so of all that is or will be equated with it."""
-        self._fix(axis, Fixed(axis.size, cause))
-
-    def _fix(self, axis: Axis, found: Fixed) -> None:
-        """``axis`` stays like ``found``, which may be space; then what the forward makes to match it is, too."""
-        for atom in atoms_of(axis):
-            if atom.ref is None:
-                bind(atom, Fixed(atom.size, found.cause, frozen=found.frozen or not atom.weak))
+class Axes(Picking):
+    """A store of atoms with the four operations that rules use: ``unify``, ``take``, ``split`` and ``pick``."""
 
     def unify(self, a: Axis, b: Axis, cause: Cause) -> None:
         """From now on index ``i`` of ``a`` is kept iff index ``i`` of ``b`` is. Sizes must agree."""
@@ -55,49 +34,68 @@ class Axes:
         elif isinstance(b, Fixed):
             self._fix(a, b)
         elif isinstance(a, Atom) and isinstance(b, Atom):
-            old, new = (a, b) if a.serial < b.serial else (b, a)
-            old.carrier = old.carrier or new.carrier
-            old.weak = old.weak and new.weak
-            old.least = max(old.least, new.least)
-            old.multiple = math.lcm(old.multiple, new.multiple)
-            bind(new, old)
+            self._join(*((a, b) if a.serial < b.serial else (b, a)))
+        elif self._picked and (_is_within(a, b) or _is_within(b, a)):
+            if not self._unify_units(a, b, cause):
+                self._give_up((a, b), cause, f"no common refinement of {a!r} and {b!r}")
         elif isinstance(a, Atom):
             self._bind(a, b)
         elif isinstance(b, Atom):
             self._bind(b, a)
+        else:
+            self._unify_compounds(a, b, cause)
+
+    def _join(self, old: Atom, new: Atom) -> None:
+        old.carrier = old.carrier or new.carrier
+        old.weak = old.weak and new.weak
+        old.least = max(old.least, new.least)
+        old.multiple = math.lcm(old.multiple, new.multiple)
+        bind(new, old)
+
+    def _unify_compounds(self, a: Axis, b: Axis, cause: Cause) -> None:
+        if isinstance(a, Picked) or isinstance(b, Picked):
+            self._unify_picked(a, b, cause)
         elif isinstance(a, Cat) and isinstance(b, Cat):
             self._unify_cats(a, b, cause)
         elif isinstance(a, Prod) and isinstance(b, Prod):
             self._unify_prods(a, b, cause)
         else:
-            cat, prod = (a, b) if isinstance(a, Cat) else (b, a)
+            other, prod = (b, a) if isinstance(a, Prod) else (a, b)
             assert isinstance(prod, Prod)
-            head = prod.factors[0]
-            first, rest = self.split(cat, head.size, cat.size // head.size, cause)
-            self.unify(first, head, cause)
-            self.unify(rest, Prod(prod.factors[1:]), cause)
+            self._unify_factors(other, prod, cause)
 
-    def _bind(self, atom: Atom, axis: Axis) -> None:
-        bind(atom, axis)
-        if atom.least > 1 or atom.multiple > 1:
-            self.require(axis, atom.least, atom.multiple)
+    def _unify_factors(self, axis: Axis, prod: Prod, cause: Cause) -> None:
+        head = prod.factors[0]
+        first, rest = self.split(axis, head.size, axis.size // head.size, cause)
+        self.unify(first, head, cause)
+        self.unify(rest, Prod(prod.factors[1:]), cause)
 
-    def require(self, axis: Axis, least: int, multiple: int = 1) -> None:
-        """At least ``least`` indices of ``axis`` stay, and a multiple of ``multiple`` of them.
+    def _unify_picked(self, a: Axis, b: Axis, cause: Cause) -> None:
+        """Equate two axes of which one has the indices of another in another order."""
+        if self._unify_units(a, b, cause):
+            return
+        one, other = (a, b) if isinstance(a, Picked) else (b, a)
+        assert isinstance(one, Picked)
+        if isinstance(other, Cat):
+            start = 0
+            for part in other.parts:
+                self.unify(part, self.take(one, start, start + part.size, cause), cause)
+                start += part.size
+        elif isinstance(other, Prod):
+            self._unify_factors(one, other, cause)
+        elif one.size == one.base.size and len(np.unique(one.index)) == one.size:
+            self.unify(one.base, self.pick(other, np.argsort(one.index), cause), cause)
+        else:
+            self._give_up((one, other), cause, "channels are picked from a product in two ways")
 
-        The largest piece sees to it where one index of each is too few; every part of a concatenation and one factor
-        of a product sees to the multiple.
-        """
-        axis = resolve(axis)
-        if isinstance(axis, Atom):
-            axis.least = max(axis.least, min(least, axis.size))
-            axis.multiple = math.lcm(axis.multiple, multiple)
-        elif isinstance(axis, Prod):
-            self.require(max(axis.factors, key=lambda f: (f.size % multiple == 0, f.size)), least, multiple)
-        elif isinstance(axis, Cat):
-            largest = max(axis.parts, key=lambda p: p.size)
-            for part in axis.parts:
-                self.require(part, max(least - len(axis.parts) + 1, 1) if part is largest else 1, multiple)
+    def _unify_units(self, a: Axis, b: Axis, cause: Cause) -> bool:
+        """Equate two axes unit by unit; whether they are without products, so that this could be done."""
+        elements = Elements()
+        first, second = elements.of(a), elements.of(b)
+        if first is None or second is None:
+            return False
+        self._equate(elements, first, second, cause)
+        return True
 
     def _unify_cats(self, a: Cat, b: Cat, cause: Cause) -> None:
         cuts = sorted(set(np.cumsum([p.size for p in a.parts])) | set(np.cumsum([p.size for p in b.parts])))
@@ -133,11 +131,6 @@ class Axes:
         rest, tail = self.split(last, last.size // size, size, cause)
         return Prod((*axis.factors[:-1], rest)), tail
 
-    def _give_up(self, axes: Sequence[Axis], cause: Cause, detail: str) -> None:
-        reason = Cause(cause.node, cause.op, cause.source, detail)
-        for axis in axes:
-            self.freeze(axis, reason)
-
     def take(self, axis: Axis, start: int, stop: int, cause: Cause) -> Axis:
         """Indices ``start:stop`` of ``axis``; atoms that the cut runs through are refined."""
         axis = resolve(axis)
@@ -156,16 +149,10 @@ class Axes:
             return parts[1]
         if isinstance(axis, Cat):
             return self._take_cat(axis, start, stop, cause)
+        if isinstance(axis, Picked):
+            return self.pick(axis.base, axis.index[start:stop], cause)
         assert isinstance(axis, Prod)
         return self._take_prod(axis, start, stop, cause)
-
-    def _piece(self, atom: Atom, size: int, cause: Cause) -> Axis:
-        if size == 1:
-            return Fixed(1, Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty"))
-        piece = self.atom(size, atom.owner)
-        if isinstance(piece, Atom):
-            piece.carrier, piece.weak = atom.carrier, atom.weak
-        return piece
 
     def _take_cat(self, axis: Cat, start: int, stop: int, cause: Cause) -> Axis:
         out: list[Axis] = []
@@ -204,9 +191,9 @@ class Axes:
         if axis.size != p * q:
             raise AssertionError(f"{axis!r} can't be split into {p} x {q}")
         if p == 1:
-            return Fixed(1, _TRIVIAL), axis
+            return Fixed(1, TRIVIAL), axis
         if q == 1:
-            return axis, Fixed(1, _TRIVIAL)
+            return axis, Fixed(1, TRIVIAL)
         if isinstance(axis, Fixed):
             return Fixed(p, axis.cause, frozen=axis.frozen), Fixed(q, axis.cause, frozen=axis.frozen)
         if isinstance(axis, Atom):
@@ -215,6 +202,8 @@ class Axes:
             return first, second
         if isinstance(axis, Prod):
             return self._split_prod(axis, p, q, cause)
+        if isinstance(axis, Picked):
+            return self._split_picked(axis, p, q, cause)
         assert isinstance(axis, Cat)
         return self._split_cat(axis, p, q, cause)
 
@@ -237,7 +226,7 @@ class Axes:
         front, back = math.gcd(axis.factors[0].size, p), math.gcd(axis.factors[-1].size, q)
         head, rest = self._split_front(axis, front, cause)
         flat = resolve(rest)
-        middle, tail = self._split_back(flat, back, cause) if isinstance(flat, Prod) else (flat, Fixed(1, _TRIVIAL))
+        middle, tail = self._split_back(flat, back, cause) if isinstance(flat, Prod) else (flat, Fixed(1, TRIVIAL))
         self._give_up((middle,), cause, f"no factors {p} x {q}")
         reason = Cause(cause.node, cause.op, cause.source, f"no factors {p} x {q}")
         return resolve(Prod((head, Fixed(p // front, reason)))), resolve(Prod((Fixed(q // tail.size, reason), tail)))
@@ -259,3 +248,8 @@ class Axes:
             self.unify(row, self.take(axis, k * q, (k + 1) * q, cause), cause)
         reason = Cause(cause.node, cause.op, cause.source, f"parts don't align with rows of {q}")
         return Fixed(p, reason), resolve(row)
+
+
+def _is_within(a: Axis, b: Axis) -> bool:
+    """Whether an atom is also a part of the other axis, whose indices are its own in another order."""
+    return isinstance(a, Atom) and a in atoms_of(b)

@@ -14,9 +14,21 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, fixed_of, kept_count, resolve
+from chase_fx.graphs.axes import (
+    Atom,
+    Axis,
+    BoolArray,
+    Cat,
+    Fixed,
+    Picked,
+    Prod,
+    atoms_of,
+    fixed_of,
+    keep_mask,
+    kept_count,
+    resolve,
+)
 from chase_fx.graphs.rules.base import Labels
-from chase_fx.graphs.unification import Axes
 
 __all__ = ["Counts", "factors_of"]
 
@@ -39,9 +51,9 @@ class Counts:
         told: axes that have their size in every call, although they stay whole: the graph has a guard for it.
     """
 
-    def __init__(self, axes: Axes, kept: Mapping[Atom, int]) -> None:
-        self._axes = axes
-        self._kept = kept
+    def __init__(self, masks: Mapping[Atom, BoolArray]) -> None:
+        self._masks = masks
+        self._kept = {atom: int(mask.sum()) for atom, mask in masks.items()}
         self.told: set[Axis] = set()
 
     def kept(self, axis: Axis) -> int:
@@ -58,11 +70,12 @@ class Counts:
 
     def before(self, axis: Axis, index: int) -> int:
         """How many indices below ``index`` stay: where dense index ``index`` is found after pruning."""
-        return self.kept(self._axes.take(axis, 0, index, Cause("", "rewrite")))
+        return self.between(axis, 0, index)
 
     def between(self, axis: Axis, start: int, stop: int) -> int:
         """How many indices in ``start:stop`` stay."""
-        return self.kept(self._axes.take(axis, start, stop, Cause("", "rewrite")))
+        mask = keep_mask(axis, self._masks)
+        return stop - start if mask is None else int(mask[start:stop].sum())
 
     def scales(self, axis: Axis, index: int) -> bool:
         """Whether ``index`` lies between rows of a dim of batch x channels, so that its place follows the batch."""
@@ -91,7 +104,9 @@ class Counts:
         factors = list(factors_of(axis))
         if len(factors) == 1 and self.live(axis):
             only = resolve(axis)
-            if isinstance(only, Cat) and (any(True for _ in fixed_of(only)) or not all(map(self.live, atoms_of(only)))):
+            if isinstance(only, (Cat, Picked)) and (
+                any(True for _ in fixed_of(only)) or not all(map(self.live, atoms_of(only)))
+            ):
                 return 1, 1, self.kept(axis) - axis.size
         return (*self.parts(axis), 0)
 

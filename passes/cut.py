@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chase_fx.errors import PlanMismatchError, RewriteError
-from chase_fx.graphs.axes import Atom, Axis, keep_mask
+from chase_fx.graphs.axes import Atom, Axis, BoolArray, keep_mask
 from chase_fx.graphs.branches import BEGINNINGS, join, otherwise
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
@@ -28,7 +28,7 @@ from chase_fx.graphs.traced import TracedModule
 from chase_fx.graphs.walk import modules_of, parameters_in
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.modules import resize
-from chase_fx.passes.sites import CallSite, Places
+from chase_fx.passes.sites import CallSite, KeptBuffers, Places
 from chase_fx.passes.sizes import CALLS
 
 __all__ = ["Cut"]
@@ -59,8 +59,7 @@ class Cut:
         ignored = channels.info.constants.union(unused)
         planned, implied = ({n: k for n, k in d.items() if n not in ignored} for d in (plan.pruned, self.kept))
         _check_consistent(plan.shapes, planned, implied)
-        counts = {atom: int(mask.sum()) for atom, mask in self._masks.items()}
-        self._counts = Counts(channels.labelling.axes, counts)
+        self._counts = Counts(self._masks)
 
     def graphs(self, traced: TracedModule, root: nn.Module, settled: Iterable[nn.Module] = ()) -> list[Graph]:
         """The graphs of ``traced`` for the cut tensors of ``root``; its modules get sizes that graphs alone tell.
@@ -90,26 +89,43 @@ def _check_consistent(
                 )
 
 
-class _Buffers:
+class _Buffers(KeptBuffers):
     """Kept indices of axes as buffers of the slim module; graphs share those of the same axis."""
 
     def __init__(self, root: nn.Module, masks: Mapping[Atom, np.ndarray]) -> None:
         self._root, self._masks = root, masks
         self._names: dict[bytes, str] = {}
+        self._places: dict[bytes, str] = {}
         devices = {p.device for p in parameters_in(modules_of(root)).values()} - {torch.device("meta")}
         self._device = devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def __call__(self, axis: Axis) -> str:
         """The name of the buffer with the kept indices of ``axis``."""
-        mask = keep_mask(axis, self._masks)
-        assert mask is not None
+        mask = self.mask(axis)
         name = self._names.get(mask.tobytes())
         if name is None:
-            taken = self._root._buffers
-            name = next(n for k in range(len(taken) + 1) if (n := f"_chase_kept_{k}") not in taken)
-            self._names[mask.tobytes()] = name
-            kept = torch.from_numpy(np.flatnonzero(mask)).to(self._device)
-            self._root.register_buffer(name, kept, persistent=False)
+            name = self._names[mask.tobytes()] = self._add("_chase_kept", np.flatnonzero(mask))
+        return name
+
+    def places(self, axis: Axis) -> str:
+        """The name of the buffer with the place of each dense index of ``axis``; removed ones are out of range."""
+        mask = self.mask(axis)
+        name = self._places.get(mask.tobytes())
+        if name is None:
+            places = np.where(mask, np.cumsum(mask) - 1, mask.size)
+            name = self._places[mask.tobytes()] = self._add("_chase_places", places)
+        return name
+
+    def mask(self, axis: Axis) -> BoolArray:
+        """Which indices of a live axis stay."""
+        mask = keep_mask(axis, self._masks)
+        assert mask is not None
+        return mask
+
+    def _add(self, kind: str, values: np.ndarray) -> str:
+        taken = self._root._buffers
+        name = next(n for k in range(len(taken) + 1) if (n := f"{kind}_{k}") not in taken)
+        self._root.register_buffer(name, torch.from_numpy(values).to(self._device), persistent=False)
         return name
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from chase_fx.graphs.axes import Axis, Cat, atoms_of
+from chase_fx.graphs.axes import Axis, Cat, Picked, atoms_of, is_reordered, resolve
 from chase_fx.passes.counts import Counts, factors_of
 from chase_fx.passes.quantities import Read, Size, product
 
@@ -44,11 +44,20 @@ def sequence(counts: Counts, axis: Axis) -> list[Live | None]:
     found: list[Live | None] = []
     for piece in factors_of(axis):
         if counts.live(piece):
-            atoms = tuple(id(atom) for atom in atoms_of(piece))
-            found.append(Live(piece.size, (piece.size, atoms), _certain(counts, piece)))
+            found.append(Live(piece.size, (piece.size, _key(piece)), _certain(counts, piece)))
         elif not found or found[-1] is not None:
             found.append(None)
     return found
+
+
+def _key(axis: Axis) -> Hashable:
+    """Equal for axes with the same atoms in the same order."""
+    axis = resolve(axis)
+    if isinstance(axis, Picked):
+        return _key(axis.base), axis.index.tobytes()
+    if isinstance(axis, Cat) and is_reordered(axis):
+        return tuple(map(_key, axis.parts))
+    return tuple(id(atom) for atom in atoms_of(axis))
 
 
 def lives(factors: list[Live | None]) -> list[Live]:

@@ -10,6 +10,7 @@ import sys
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Node
 
@@ -21,7 +22,7 @@ from chase_fx.passes.numbers import demand_multiple, fixed_value, keep_size, val
 from chase_fx.passes.quantities import Size
 from chase_fx.passes.sites import CallSite
 
-__all__ = ["getitem", "narrow", "pad", "select", "slice_", "split"]
+__all__ = ["getitem", "index", "index_select", "narrow", "pad", "roll", "select", "slice_", "split"]
 
 # The dim of calls that name it, and what the others call the numbers by which they split.
 _DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
@@ -102,13 +103,85 @@ def _consumes(item: Any) -> int:
 
 def _place(site: CallSite, item: Any, x: Node, dim: int) -> Any:
     axis = site.label(x)[dim]
-    if not site.counts.live(axis) or isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
+    if isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta):
+        return _picked(site, item, x, dim)
+    if not site.counts.live(axis):
         return item
     if isinstance(item, (int, Node)):
         return _index(site, item, x, dim)
     if isinstance(item, slice):
         return _slice(site, item, x, dim)
     raise RewriteError(f"{site.where()}: index {item!r} on a live dim")
+
+
+def _picked(site: CallSite, item: Any, x: Node, dim: int) -> Any:
+    """A constant index of channels: its entries for the channels that stay, as their places among those of ``x``.
+
+    It is made in every call, so that another index in the same buffer is followed, or out of range.
+    """
+    axis, picked = site.label(x)[dim], site.note("picked")
+    if picked is None or not site.counts.live(axis):
+        return item
+    keep_size(site, x, dim)
+    if isinstance(item, list):
+        return _shorter(site, item, axis, picked)
+    _fix_sizes(site, item)
+    with site.graph.inserting_before(site.node):
+        mask = item.meta["slot"].dtype is torch.bool
+        index = site.graph.call_method("flatten", (site.graph.call_method("nonzero", (item,)),)) if mask else item
+        where = site.graph.create_node("get_attr", site.buffer.places(axis))
+        index = site.graph.call_method("to", (index, where))  # long integers there
+        if site.counts.live(picked):
+            kept = site.graph.create_node("get_attr", site.buffer(picked))
+            index = site.graph.call_function(torch.index_select, (index, 0, kept))
+        return site.graph.call_function(torch.take, (where, index))
+
+
+def _shorter(site: CallSite, item: list[Any], axis: Axis, picked: Axis) -> list[int]:
+    given = np.asarray(item)
+    dense = np.flatnonzero(given) if given.dtype.kind == "b" else given % axis.size
+    if site.counts.live(picked):
+        dense = dense[site.buffer.mask(picked)]
+    places: list[int] = (np.cumsum(site.buffer.mask(axis)) - 1)[dense].tolist()
+    return places
+
+
+def _fix_sizes(site: CallSite, node: Node) -> None:
+    """The sizes that an index is computed from are those of the capture."""
+    for part in node.all_input_nodes:
+        if "slot" in part.meta:
+            _fix_sizes(site, part)
+        elif "value" in part.meta:
+            fixed_value(site, part)
+
+
+def index_select(site: CallSite) -> None:
+    """``index_select(x, dim, index)``."""
+    x, dim = site.arg(0, "input"), site.arg(1, "dim") % len(site.label(site.arg(0, "input")))
+    site.set(2, "index", _picked(site, site.arg(2, "index"), x, dim))
+
+
+def index(site: CallSite) -> None:
+    """``aten.index(x, indices)``."""
+    x, given = site.arg(0, "self"), list(site.arg(1, "indices"))
+    found = [d for d, item in enumerate(given) if item is not None]
+    if len(found) == 1:
+        given[found[0]] = _picked(site, given[found[0]], x, found[0])
+        site.set(1, "indices", given)
+
+
+def roll(site: CallSite) -> None:
+    """``roll(x, shifts, dims)``: as many indices as stay of those that go to the front."""
+    x, shifts, dims = site.arg(0, "input"), site.arg(1, "shifts"), site.arg(2, "dims", ())
+    single = not isinstance(dims, (tuple, list))
+    new = [shifts] if not isinstance(shifts, (tuple, list)) else list(shifts)
+    for k, d in enumerate([dims] if single else dims):
+        axis = site.label(x)[d]
+        if site.counts.live(axis):
+            keep_size(site, x, d % len(site.label(x)))
+            cut = axis.size - fixed_value(site, new[k]) % axis.size
+            new[k] = site.counts.between(axis, cut, axis.size)
+    site.set(1, "shifts", new[0] if single and not isinstance(shifts, (tuple, list)) else tuple(new))
 
 
 def _index(site: CallSite, number: Any, x: Node, dim: int) -> int:

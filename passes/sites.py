@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.fx import Graph, Node
 
 from chase_fx.errors import RewriteError
-from chase_fx.graphs.axes import Axis
+from chase_fx.graphs.axes import Axis, BoolArray
 from chase_fx.graphs.rules.base import Facts, Labels
 from chase_fx.passes.counts import Counts
 from chase_fx.passes.quantities import Size
 
-__all__ = ["CallSite", "Handler", "Places"]
+__all__ = ["CallSite", "Handler", "KeptBuffers", "Places"]
 
 # What is right of each live factor of a dim, by the dim's axis: a view that made the dim can tell, others can't.
 Places = dict[int, tuple[Axis, tuple[Size, ...]]]
+
+
+class KeptBuffers(Protocol):
+    """Makes buffers of what a plan keeps, and names them."""
+
+    def __call__(self, axis: Axis) -> str:
+        """Of the kept indices of an axis."""
+
+    def places(self, axis: Axis) -> str:
+        """Of the place of each dense index of an axis."""
+
+    def mask(self, axis: Axis) -> BoolArray:
+        """Which indices of an axis stay."""
 
 
 @dataclass
@@ -25,7 +38,7 @@ class CallSite:
     """One node under rewrite, with the labels of tensors and what the rules noted about it.
 
     Attributes:
-        buffer: makes a buffer of the kept indices of an axis, and names it.
+        buffer: makes buffers of the kept indices of an axis.
         places: of live factors in dims that earlier views made.
     """
 
@@ -34,7 +47,7 @@ class CallSite:
     counts: Counts
     labels: Callable[[Node], Labels | None]
     facts: Sequence[Facts]
-    buffer: Callable[[Axis], str]
+    buffer: KeptBuffers
     places: Places
 
     def label(self, value: Any) -> Labels:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, atoms_of, resolve
+import numpy as np
+
+from chase_fx.graphs.axes import Axis, Cat, Fixed, Places, Prod, atoms_of, resolve
 from chase_fx.graphs.rules.base import LabelledOp, Refusal, Rule
 
 __all__ = ["MUTATORS", "Mutator"]
@@ -62,6 +64,14 @@ class _OtherFactor(_View):
         self.used()
         inner, outer = super().split(axis, q, p)
         return outer, inner
+
+
+class _OtherPlaces(_View):
+    def pick(self, axis: Axis, index: Places) -> Axis:
+        if not _fixed(axis) and len(index) > 1:
+            self.used()
+            index = np.roll(index, 1)
+        return super().pick(axis, index)
 
 
 def _fixed(axis: Axis) -> bool:
@@ -136,6 +146,7 @@ MUTATORS: Mapping[str, Mutator] = {
     "one is enough": _through(_OneIsEnough),
     "other end": _through(_OtherEnd),
     "other factor": _through(_OtherFactor),
+    "other places": _through(_OtherPlaces),
     "not contracted": _forgets("contracted"),
     "not reduced": _forgets("reduced"),
     "unrelated result": _spoils(_unrelated),

@@ -129,7 +129,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "squeeze": (lambda m, y, z: z + y.mean((2, 3), keepdim=True).squeeze(3).squeeze(2)[..., None, None], 8),
     "unsqueeze": (lambda m, y, z: z * m.v.unsqueeze(1).unsqueeze(2) + y, 8),
     "expand": (lambda m, y, z: torch.cat([y, z.mean(1, keepdim=True).expand(-1, 8, -1, -1)], 1), 16),
-    "expand_as": (lambda m, y, z: torch.cat([z.mean(1, keepdim=True).expand_as(y.flip(1)), z], 1), 16),
+    "expand_as": (lambda m, y, z: torch.cat([z.mean(1, keepdim=True).expand_as(y.cumsum(1)), z], 1), 16),
     "stack": (lambda m, y, z: torch.stack([y, z], 1).prod(1), 8),
     "unbind": (lambda m, y, z: z + y.unbind(1)[3][:, None], 8),
     "block_diagonal": (lambda m, y, z: _image(_widened(y, z) @ torch.block_diag(m.w, m.v)), 16),
@@ -140,6 +140,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "fold": (lambda m, y, z: z + _folded(y), 8),
     "topk": (lambda m, y, z: y.topk(4, 1).values, 4),
     "flip": (lambda m, y, z: y.flip(1) + z, 8),
+    "flip_both": (lambda m, y, z: torch.cat([y, z], 1).flip(1)[:, :12] + y.repeat(1, 2, 1, 1)[:, 4:], 12),
     "roll": (lambda m, y, z: y.roll(3, 1) + z, 8),
     "sliced": (lambda m, y, z: y[:, 1:6] * z[:, 2:7], 5),
     "chunked": (lambda m, y, z: torch.cat(y.split([2, 6], 1)[::-1], 1), 8),
@@ -151,6 +152,13 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "gathered": (lambda m, y, z: z + y.gather(1, PICKED.view(1, 3, 1, 1).expand_as(y[:, :3])).sum(1, keepdim=True), 8),
     "places": (lambda m, y, z: z + (y > y.mean()).nonzero().sum(0)[1].double(), 8),
     "index": (lambda m, y, z: z + y[:, PICKED].sum(1, keepdim=True), 8),
+    "permuted": (lambda m, y, z: y[:, m.order] + z, 8),
+    "permuted_by_number": (lambda m, y, z: y[:, [1, 0, 2, 4, 3, -1, 5, 6]] * z, 8),
+    "picked_by_mask": (lambda m, y, z: torch.cat([y, z], 1)[:, m.order.repeat(2) > 2], 10),
+    "grouped_permuted": (lambda m, y, z: m.grouped(y[:, m.order]) + z, 8),
+    "permuted_and_kept": (lambda m, y, z: y[:, m.order.flip(0).argsort()] + y + z, 8),
+    "index_by_weights": (lambda m, y, z: z + y[:, m.v.argsort()[:3]].sum(1, keepdim=True), 8),
+    "select_by_weights": (lambda m, y, z: torch.cat([y.index_select(1, m.v.argsort()), z], 1), 16),
     "index_put": (lambda m, y, z: _written(y, z), 8),
     "index_add": (lambda m, y, z: y.index_add(1, PICKED, z[:, :3]), 8),
     "index_add_rows": (lambda m, y, z: y.index_add(2, PICKED % 4, z[:, :, :3]), 8),
@@ -221,6 +229,8 @@ class _RuleNet(Net):
         )
         self.w = nn.Parameter(torch.randn(8, 8))
         self.v, self.u = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("order", torch.tensor([5, 2, 7, 0, 3, 6, 1, 4]))
+        self.grouped = conv(8, 8, groups=2)
         self.normed = parametrizations.weight_norm(conv(8, 8))
         self.bilinear, self.fixed = nn.Bilinear(8, 8, 8), conv(8, 8)
         self.kernel = nn.Parameter(torch.randn(8, 8, 1, 1))

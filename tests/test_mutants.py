@@ -36,7 +36,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("contraction.convolution", "nothing frozen"): _UNREAD,
     ("contraction.grouped_mm", "nothing frozen"): _UNREAD,
     ("lookup.gather", "unrelated result"): "its only live axes are those of the index, which have no other use",
-    ("lookup.index", "unrelated result"): "its only live axes are those of the index, which have no other use",
     ("lookup.index_put", "unrelated result"): "the result is written in place, so it keeps the axes that it had",
     ("spatial.grid_sample", "nothing tied"): "samples of a batch are no channels",
     ("spatial.grid_sample", "nothing frozen"): _UNREAD,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Picked, Places, Prod, atoms_of, resolve
+from chase_fx.graphs.constants import Constants
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
@@ -53,9 +54,19 @@ class Facts:
 class LabelledOp:
     """A taped operator together with the labels of its inputs; rules tie, freeze and note through it."""
 
-    def __init__(self, op: TapedOp, axes: Axes, labels: Mapping[int, Labels], edges: list[Edge], facts: Facts) -> None:
+    def __init__(
+        self,
+        op: TapedOp,
+        axes: Axes,
+        labels: Mapping[int, Labels],
+        edges: list[Edge],
+        facts: Facts,
+        *,
+        constants: Constants | None = None,
+    ) -> None:
         self.op = op
         self.axes = axes
+        self.constants = constants
         self.facts = facts
         self.cause = Cause(op.node, str(op.op), op.source)
         self._labels = labels
@@ -130,6 +141,16 @@ class LabelledOp:
     def split(self, axis: Axis, p: int, q: int) -> tuple[Axis, Axis]:
         """The axis as a product of ``p`` and ``q`` indices."""
         return self.axes.split(axis, p, q, self.cause)
+
+    def pick(self, axis: Axis, index: Places) -> Axis:
+        """The axis whose index ``i`` is index ``index[i]`` of ``axis``."""
+        return self.axes.pick(axis, index, self.cause)
+
+    def told_index(self) -> Places | None:
+        """The indices that the call picks, if they are the same in every call and the rewrite can replace them."""
+        if self.op.own_sizes or self.constants is None:
+            return None
+        return self.constants.index(self.op, lambda slot, d: any(atoms_of(self._labels[slot.index][d])))
 
     def carry(self, axis: Axis) -> None:
         """Prefer the units of this axis where a product leaves a choice (heads, convolution groups)."""
@@ -220,6 +241,8 @@ def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
     elif isinstance(axis, Prod):
         for factor in axis.factors:
             yield from _owners(factor)
+    elif isinstance(axis, Picked):
+        yield from _owners(axis.base)
 
 
 # Details of axes that are no channels and whose size the code tells, whatever goes in.

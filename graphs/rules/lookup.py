@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chase_fx.graphs.axes import Axis
+import numpy as np
+
+from chase_fx.graphs.axes import Axis, atoms_of
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
+from chase_fx.graphs.tape import Slot
 
 __all__ = [
     "embedding",
@@ -41,10 +44,12 @@ def embedding_bag(op: LabelledOp) -> Sequence[Labels]:
 
 
 def index_select(op: LabelledOp) -> Labels:
-    """``index_select(x, dim, index)``."""
+    """``index_select(x, dim, index)``: a constant index picks channels, any other freezes them."""
     x, dim, picked = op.arg(0, "self"), int(op.arg(1, "dim")), op.arg(2, "index")
     labels = list(op[x])
     d = dim % len(labels)
+    if _picks(op, x, d, picked, labels):
+        return tuple(labels)
     op.freeze(labels[d], "looked up by index")
     labels[d] = op[picked][0] if op[picked] else op.fixed(1, "size 1")
     return tuple(labels)
@@ -71,10 +76,15 @@ def gather(op: LabelledOp) -> Labels:
 def index(op: LabelledOp) -> Labels | Refusal:
     """``x[i, :, j]`` with index tensors: indexed dims are frozen; results of the indices broadcast.
 
+    A single constant index of one dim picks channels: out index i is x index index[i].
+
     Masks (bool) have as many dims as they index and give a dim of unknown length.
     """
     x, indices = op.arg(0, "self"), op.arg(1, "indices")
     labels = list(op[x])
+    given = [d for d, slot in enumerate(indices) if slot is not None]
+    if len(given) == 1 and "put" not in op.name and _picks(op, x, given[0], indices[given[0]], labels):
+        return tuple(labels)
     d = 0
     kept: list[tuple[int, Axis]] = []
     indexed: list[int] = []
@@ -104,6 +114,22 @@ def index(op: LabelledOp) -> Labels | Refusal:
     at = sum(1 for k, _ in kept if adjacent and indexed and k < indexed[0])
     axes = [axis for _, axis in kept]
     return (*axes[:at], *broadcast, *axes[at:])
+
+
+def _picks(op: LabelledOp, x: Slot, dim: int, index: Slot, labels: list[Axis]) -> bool:
+    """Whether ``index`` is one of channels that is the same in every call; then ``labels`` of x become the result's.
+
+    A table of which rows are read several times is looked up, not put in order.
+    """
+    if len(index.shape) != 1 or not any(atoms_of(labels[dim])):
+        return False
+    places = op.told_index()
+    if places is None or (x.kind == "parameter" and len(np.unique(places)) < len(places)):
+        return False
+    for axis in op[index]:
+        op.freeze(axis, "an index of channels")
+    labels[dim] = op.facts.notes["picked"] = op.pick(labels[dim], places % labels[dim].size)
+    return True
 
 
 def _align(op: LabelledOp, a: list[Axis], b: list[Axis]) -> list[Axis]:

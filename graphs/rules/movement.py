@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, resolve
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.tables import TABLE
@@ -278,21 +280,27 @@ def _padding(op: LabelledOp, size: int, dim: int) -> Axis:
 
 
 def flip(op: LabelledOp) -> Labels:
-    """``flip(x, dims)``: index i becomes n-1-i, which slices can't follow, so live dims are frozen."""
-    labels = op[op.arg(0, "self")]
+    """``flip(x, dims)``: index i becomes n-1-i."""
+    labels = list(op[op.arg(0, "self")])
     for d in op.arg(1, "dims"):
-        op.freeze(labels[int(d) % len(labels)], "flipped")
-    return labels
+        axis = labels[int(d)]
+        labels[int(d)] = axis if isinstance(resolve(axis), Fixed) else op.pick(axis, np.arange(axis.size)[::-1])
+    return tuple(labels)
 
 
-def roll(op: LabelledOp) -> Labels:
-    """``roll(x, shifts, dims)``: shifts are counted in indices, so rolled dims are frozen."""
-    x = op.arg(0, "self")
-    labels = op[x]
-    dims = op.arg(2, "dims", ()) or range(len(labels))
-    for d in dims:
-        op.freeze(labels[int(d) % len(labels)], "rolled")
-    return labels
+def roll(op: LabelledOp) -> Labels | Refusal:
+    """``roll(x, shifts, dims)``: the end of a dim is put in front of its beginning."""
+    x, shifts, dims = op.arg(0, "self"), op.arg(1, "shifts"), op.arg(2, "dims", ())
+    labels = list(op[x])
+    if not dims or op.op.own_sizes:
+        for axis in labels:
+            op.freeze(axis, "rolled")
+    for shift, d in zip(shifts, dims, strict=False):
+        axis = labels[int(d)]
+        if not isinstance(resolve(axis), Fixed):
+            cut = axis.size - int(shift) % axis.size
+            labels[int(d)] = Cat((op.take(axis, cut, axis.size), op.take(axis, 0, cut)))
+    return tuple(labels)
 
 
 def repeat(op: LabelledOp) -> Labels:
