@@ -44,7 +44,8 @@ _KEEPING_ZERO = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
     upsample_trilinear3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d grid_sampler_2d grid_sampler_3d im2col col2im _fft_r2c _fft_c2c _fft_c2r glu
-    _pack_padded_sequence index_fill slice_scatter select_scatter block_diag
+    _pack_padded_sequence index_fill slice_scatter select_scatter block_diag count_nonzero renorm rot90 narrow_copy
+    nanmedian diagonal_scatter
 """
 _LINEAR = frozenset(_KEEPING_ZERO.split())
 # Operators that give a weight another shape, or a part of it.

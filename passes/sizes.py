@@ -294,7 +294,7 @@ CALLS: dict[str, Handler] = {
     "index": places.index,
     "index_select": places.index_select,
     "roll": places.roll,
-    "narrow": places.narrow,
+    **dict.fromkeys(("narrow", "narrow_copy"), places.narrow),
     "select": places.select,
     "slice": places.slice_,
     **dict.fromkeys(("pad", "_pad", "constant_pad_nd"), places.pad),

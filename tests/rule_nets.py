@@ -80,6 +80,26 @@ def _square(y: Tensor) -> Tensor:
     return torch.eye(y.shape[1]).double() * 3 + y.flatten(2) @ y.flatten(2).mT
 
 
+def _gram(y: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, C, W, W), symmetric and positive."""
+    return torch.eye(4).double() + y.mT @ y
+
+
+def _pixels(y: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H*W, H*W), symmetric and positive."""
+    return torch.eye(16).double() + _rows(y) @ _rows(y).mT
+
+
+def _each(v: Tensor) -> Tensor:
+    return v[..., None, None]
+
+
+def _filled(y: Tensor, z: Tensor) -> Tensor:
+    """The rows of ``z``, one after the other, where the mask of pixels of ``y`` is set; whole rows of channels."""
+    mask = (_rows(y).detach().sum(-1, keepdim=True) > 0).expand_as(_rows(y))
+    return _image(_rows(y).masked_scatter(mask, _rows(z).flatten(0, 1)))
+
+
 def _folded(y: Tensor) -> Tensor:
     windows = y.unfold(1, 2, 1)
     return torch.ops.aten.unfold_backward(windows, [y.shape[0], 8, 4, 4], 1, 2, 1)
@@ -109,6 +129,23 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "grouped_mm": (lambda m, y, z: z + _grouped(m, y), 8),
     "distance": (lambda m, y, z: z * torch.cdist(_rows(y), _rows(z)).mean((1, 2))[:, None, None, None], 8),
     "triangular": (lambda m, y, z: _image(torch.linalg.solve_triangular(_square(y), z.flatten(2), upper=False).mT), 8),
+    "counted": (lambda m, y, z: z * y.relu().count_nonzero(1)[:, None], 8),
+    "dist": (lambda m, y, z: z * torch.dist(y, z[:1]), 8),
+    "renorm": (lambda m, y, z: y.renorm(2, 0, 0.7) + z, 8),
+    # matrices
+    "det": (lambda m, y, z: z * _each(torch.linalg.det(_gram(y))), 8),
+    "inverse": (lambda m, y, z: _image((torch.linalg.inv(_square(y)) @ z.flatten(2)).mT), 8),
+    "householder": (lambda m, y, z: torch.linalg.householder_product(_gram(y), z[..., 0].sigmoid()), 8),
+    "householder_over_channels": (
+        lambda m, y, z: _image(_rows(z) @ torch.linalg.householder_product(_square(y), z[:, :, 0, 0].exp())), 8,
+    ),
+    "solved": (lambda m, y, z: torch.linalg.solve(_gram(y), z), 8),
+    "solved_over_channels": (lambda m, y, z: _image(torch.linalg.solve(_square(y), z.flatten(2)).mT), 8),
+    "solved_columns": (lambda m, y, z: _image(torch.linalg.solve(_pixels(y), _rows(z))), 8),
+    "solved_vector": (lambda m, y, z: z + _each(torch.linalg.solve(_square(y), z[..., 0, 0])), 8),
+    "solved_from_the_right": (lambda m, y, z: torch.linalg.solve(_gram(y), z, left=False), 8),
+    "solved_by_factors": (lambda m, y, z: torch.cholesky_solve(z, torch.linalg.cholesky(_gram(y))), 8),
+    "solved_by_pivots": (lambda m, y, z: torch.linalg.lu_solve(*torch.linalg.lu_factor(_gram(y)), z), 8),
     # normaliser
     "batch_statistics": (lambda m, y, z: F.batch_norm(y, None, None, m.v, m.u, training=True) + z, 8),
     "spread": (lambda m, y, z: z * y.var(1, keepdim=True), 8),
@@ -141,6 +178,15 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "topk": (lambda m, y, z: y.topk(4, 1).values, 4),
     "flip": (lambda m, y, z: y.flip(1) + z, 8),
     "flip_both": (lambda m, y, z: torch.cat([y, z], 1).flip(1)[:, :12] + y.repeat(1, 2, 1, 1)[:, 4:], 12),
+    "turned": (lambda m, y, z: y.rot90(1, (2, 3)) + torch.rot90(z, 2, (1, 2)), 8),
+    "turned_into_space": (lambda m, y, z: torch.rot90(y.mean(3), 3, (1, 2)).mT[..., None] + z, 8),
+    "narrow_copy": (lambda m, y, z: torch.narrow_copy(y, 1, 2, 5) + z[:, :5], 5),
+    "grid_of_vectors": (
+        lambda m, y, z: _image(_rows(z) @ sum(torch.meshgrid(y[0, :, 0, 0], z[0, :, 1, 1], indexing="ij"))), 8,
+    ),
+    "grid_of_vectors_xy": (
+        lambda m, y, z: _image(_rows(z) @ sum(torch.meshgrid(y[0, :, 0, 0], z[0, :, 1, 1], indexing="xy"))), 8,
+    ),
     "roll": (lambda m, y, z: y.roll(3, 1) + z, 8),
     "sliced": (lambda m, y, z: y[:, 1:6] * z[:, 2:7], 5),
     "chunked": (lambda m, y, z: torch.cat(y.split([2, 6], 1)[::-1], 1), 8),
@@ -162,6 +208,14 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "index_put": (lambda m, y, z: _written(y, z), 8),
     "index_add": (lambda m, y, z: y.index_add(1, PICKED, z[:, :3]), 8),
     "index_add_rows": (lambda m, y, z: y.index_add(2, PICKED % 4, z[:, :, :3]), 8),
+    "diagonal_scatter": (lambda m, y, z: torch.diagonal_scatter(y, z[..., 0], 0, 2, 3), 8),
+    "diagonal_scatter_over_channels": (lambda m, y, z: torch.diagonal_scatter(y, z[:, :4, 0].mT, 0, 1, 2), 8),
+    "in_order": (lambda m, y, z: y.masked_scatter(y > 0, z), 8),
+    "in_order_by_rows": (lambda m, y, z: _filled(y, z), 8),
+    "by_number": (lambda m, y, z: z * y.take(PICKED).sum(), 8),
+    "among": (lambda m, y, z: z + torch.isin((y * 4).round(), (z[0, :, 0, 0] * 4).round()).double(), 8),
+    "crossed": (lambda m, y, z: F.pad(torch.linalg.cross(y[..., :3], z[:1, ..., 1:], dim=3), (0, 1)), 8),
+    "crossed_over_channels": (lambda m, y, z: torch.linalg.cross(y[:, 2:5], z[:, :3], dim=1), 3),
     "index_fill": (lambda m, y, z: y.index_fill(1, PICKED, 3.0) + z, 8),
     "slice_scatter": (lambda m, y, z: torch.slice_scatter(y, z[:, :3], 1, 2, 5), 8),
     "packed": (lambda m, y, z: _packed(y) * z, 8),
@@ -190,6 +244,11 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "pool_3d": (lambda m, y, z: F.avg_pool3d(y[:, :, None], (1, 3, 3), 1, (0, 1, 1)).squeeze(2) + z, 8),
     "pool_3d_over_channels": (lambda m, y, z: F.avg_pool3d(y[:, None], 3, 1, 1).squeeze(1) + z, 8),
     "grid": (lambda m, y, z: F.grid_sample(y, y.new_ones(y.shape[0], 4, 4, 2) * 0.2, align_corners=False) + z, 8),
+    "affine_grid": (
+        lambda m, y, z: F.grid_sample(
+            y, F.affine_grid(y.mean((2, 3))[:, :6].view(-1, 2, 3), y.shape, False), align_corners=False
+        ) + z, 8,
+    ),
     "im2col": (lambda m, y, z: F.unfold(y, 3, padding=1).view(y.shape[0], -1, 4, 4), 72),
     "col2im": (lambda m, y, z: F.fold(torch.cat([y, z], 1).flatten(2)[..., :9], (4, 4), 2), 4),
     "fourier": (lambda m, y, z: torch.fft.fft2(y).real + z, 8),

@@ -21,6 +21,7 @@ __all__ = [
     "baddbmm",
     "bmm",
     "convolution",
+    "dist",
     "distance",
     "dot",
     "grouped_mm",
@@ -29,7 +30,7 @@ __all__ = [
     "mm",
     "mv",
     "norm",
-    "solve_triangular",
+    "renorm",
     "total",
 ]
 
@@ -179,18 +180,31 @@ def distance(op: LabelledOp) -> Labels | Refusal:
     return (*batch, la[-2], lb[-2])
 
 
-def solve_triangular(op: LabelledOp) -> Labels:
-    """``linalg_solve_triangular(A, B, left=True)``: every row of the solution needs the ones before it.
+def dist(op: LabelledOp) -> Labels | Refusal:
+    """``dist(x, y, p)`` with p > 0: a sum of powers of differences, where removed units are zero in both."""
+    x, y, order = op.arg(0, "self"), op.arg(1, "other"), op.arg(2, "p", 2)
+    if not 0 < float(order) < float("inf"):
+        return Refusal(f"a norm of order {order} is no sum of powers")
+    for back in range(1, min(len(x.shape), len(y.shape)) + 1):
+        if x.shape[-back] == y.shape[-back]:
+            op.tie(op[x][-back], op[y][-back])
+    for slot in (x, y):
+        for d in range(len(slot.shape)):
+            op.contract(slot, d)
+    return ()
 
-    A: (*N, n, n), B: (*N, n, k) -> (*N, n, k);  B: (*N, k, n) with left=False
-    """
-    a, b, left = op.arg(0, "self"), op.arg(1, "B"), bool(op.named("left", True))
-    la, lb = op[a], op[b]
-    for x, y in zip(la[:-2], lb[:-2], strict=True):
-        op.tie(x, y)
-    for axis in (*la[-2:], lb[-2] if left else lb[-1]):
-        op.freeze(axis, "an equation is solved over it")
-    return lb
+
+def renorm(op: LabelledOp) -> Labels | Refusal:
+    """``renorm(x, p, dim, maxnorm)``: each slice along ``dim`` is scaled by its norm over the other dims."""
+    x, order, dim = op.arg(0, "self"), op.arg(1, "p"), int(op.arg(2, "dim"))
+    if not 0 < float(order) < float("inf"):
+        return Refusal(f"a norm of order {order} is no sum of powers")
+    if op.op.op._schema.is_mutable:
+        return Refusal("it writes to what it sums over")
+    for d in range(len(x.shape)):
+        if d != dim % len(x.shape):
+            op.contract(x, d)
+    return op[x]
 
 
 def _add_to(op: LabelledOp, product: Labels) -> Labels:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chase_fx.graphs.axes import Axis
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 from chase_fx.graphs.tape import Slot
 
-__all__ = ["reduced_dims", "reduced_labels"]
+__all__ = ["align", "reduced_dims", "reduced_labels"]
 
 
 def reduced_dims(slot: Slot, dims: int | Sequence[int] | None) -> list[int]:
@@ -28,3 +29,17 @@ def reduced_labels(op: LabelledOp, slot: Slot, dims: Sequence[int]) -> Labels:
         elif keepdim:
             labels.append(op.fixed(1, "size 1"))
     return tuple(labels)
+
+
+def align(op: LabelledOp, a: list[Axis], b: list[Axis]) -> list[Axis]:
+    """Dims of two operands that are broadcast to each other."""
+    if len(a) < len(b):
+        a, b = b, a
+    out = list(a)
+    for k in range(1, len(b) + 1):
+        x, y = a[-k], b[-k]
+        if x.size == y.size:
+            op.tie(x, y)
+        elif x.size == 1:
+            out[-k] = y
+    return out

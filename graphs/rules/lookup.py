@@ -8,20 +8,25 @@ import numpy as np
 
 from chase_fx.graphs.axes import Axis, atoms_of
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
+from chase_fx.graphs.rules.dims import align
 from chase_fx.graphs.tape import Slot
 
 __all__ = [
     "embedding",
     "embedding_bag",
+    "flat",
     "gather",
+    "in_order",
     "index",
     "index_add",
     "index_fill",
     "index_put",
     "index_select",
+    "members",
     "packed",
     "places",
     "scatter",
+    "scatter_diagonal",
     "scatter_slice",
 ]
 
@@ -103,7 +108,7 @@ def index(op: LabelledOp) -> Labels | Refusal:
         for axis in op[slot]:
             if masked:
                 op.freeze(axis, "a mask")
-        broadcast = _align(op, broadcast, list(op[slot]))
+        broadcast = align(op, broadcast, list(op[slot]))
         d += width
     kept += [(k, labels[k]) for k in range(d, len(labels))]
     if masked:
@@ -130,19 +135,6 @@ def _picks(op: LabelledOp, x: Slot, dim: int, index: Slot, labels: list[Axis]) -
         op.freeze(axis, "an index of channels")
     labels[dim] = op.facts.notes["picked"] = op.pick(labels[dim], places % labels[dim].size)
     return True
-
-
-def _align(op: LabelledOp, a: list[Axis], b: list[Axis]) -> list[Axis]:
-    if len(a) < len(b):
-        a, b = b, a
-    out = list(a)
-    for k in range(1, len(b) + 1):
-        x, y = a[-k], b[-k]
-        if x.size == y.size:
-            op.tie(x, y)
-        elif x.size == 1:
-            out[-k] = y
-    return out
 
 
 def _middle(op: LabelledOp, kept: Sequence[tuple[int, Axis]], indexed: list[int], inserted: int) -> Sequence[int]:
@@ -202,6 +194,55 @@ def index_put(op: LabelledOp) -> Labels | Refusal:
 def places(op: LabelledOp) -> Sequence[Labels]:
     """``nonzero``, ``unique``, ``histc``...: which places or values there are depends on all of them."""
     return op.all_fixed("its places are data")
+
+
+def in_order(op: LabelledOp) -> Labels | Refusal:
+    """``masked_scatter(x, mask, source)``: places that are set take the elements of the source one after the other.
+
+    x: (*s, *C), mask: the same for all of C, source: (n, *C) -> (*s, *C)
+    """
+    x, mask, source = op.arg(0, "self"), op.arg(1, "mask"), op.arg(2, "source")
+    rows = 0  # how many dims, from the end, are written as a whole
+    while rows < len(x.shape) and rows < len(source.shape) and x.shape[-1 - rows] == source.shape[-1 - rows]:
+        if rows < len(mask.shape) and mask.shape[-1 - rows] != 1 and (mask.stride is None or mask.stride[-1 - rows]):
+            break
+        rows += 1
+    for slot in (x, mask, source):
+        for axis in op[slot][: max(len(slot.shape) - rows, 0)]:
+            op.freeze(axis, "the elements of the source are written in their order")
+    for back in range(1, rows + 1):
+        op.tie(op[x][-back], op[source][-back])
+        if back <= len(mask.shape) and mask.shape[-back] != 1:
+            op.tie(op[x][-back], op[mask][-back])
+    return op[x]
+
+
+def flat(op: LabelledOp) -> Sequence[Labels]:
+    """``take``, ``put``, ``as_strided_scatter``: elements are counted over all dims."""
+    return op.all_fixed("it is addressed by its number of elements")
+
+
+def scatter_diagonal(op: LabelledOp) -> Labels:
+    """``diagonal_scatter(x, src, offset, dim1, dim2)``: the two dims are matched by place, the others pass."""
+    x, src = op.arg(0, "self"), op.arg(1, "src")
+    n = len(x.shape)
+    written = {int(op.arg(3, "dim1", 0)) % n, int(op.arg(4, "dim2", 1)) % n}
+    for axis in (*(op[x][d] for d in written), op[src][-1]):
+        op.freeze(axis, "a diagonal is written")
+    for a, b in zip((axis for d, axis in enumerate(op[x]) if d not in written), op[src][:-1], strict=True):
+        op.tie(a, b)
+    return op[x]
+
+
+def members(op: LabelledOp) -> Labels:
+    """``isin(elements, test_elements)``: each element by itself, compared with all of the others."""
+    elements, tests = op.named("elements", op.named("element")), op.named("test_elements", op.named("test_element"))
+    if not isinstance(elements, Slot):
+        return tuple(op.all_fixed("compared with a number")[0])
+    if isinstance(tests, Slot):
+        for axis in op[tests]:
+            op.freeze(axis, "all of it is compared with")
+    return op[elements]
 
 
 def index_fill(op: LabelledOp) -> Labels:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from chase_fx.graphs.axes import Axis, Cat, Fixed, Prod, resolve
 from chase_fx.graphs.rules.base import LabelledOp, Labels, Refusal
 from chase_fx.graphs.tables import TABLE
@@ -18,15 +16,14 @@ __all__ = [
     "diagonal",
     "diagonal_embedding",
     "expand",
-    "flip",
     "fold",
     "identity",
+    "narrow",
     "pad",
     "permute",
     "repeat",
     "repeat_interleave",
     "restride",
-    "roll",
     "select",
     "slice_",
     "split",
@@ -117,6 +114,8 @@ _ATTENTION = "scaled_dot_product_attention"
 
 
 def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
+    if op.op.call == "meshgrid":
+        return _across(op, x, size, dim)
     copies = op.fresh(size, dim, weak=True)
     if op.op.call in _NAMES_SIZES:
         return copies
@@ -128,6 +127,17 @@ def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
             op.tie(copies, op[other][-back])
             return copies
     return op.fixed(size, "broadcast to a size that no operand tells")
+
+
+def _across(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
+    """A dim of a ``meshgrid`` that runs over another operand: in the order given, or with the first two exchanged."""
+    vectors = list(op.op.operands)
+    for order in (vectors, [*vectors[1::-1], *vectors[2:]]):
+        own = [d for d, n in enumerate(x.shape) if n != 1]
+        same = all(order[d].shape and resolve(op[order[d]][0]) is resolve(op[x][d]) for d in own)
+        if same and order[dim].shape == (size,):
+            return op[order[dim]][0]
+    return op.fixed(size, "a grid over a size that no operand tells")
 
 
 def restride(op: LabelledOp) -> Labels | Refusal:
@@ -212,6 +222,15 @@ def slice_(op: LabelledOp) -> Labels:
     return tuple(labels)
 
 
+def narrow(op: LabelledOp) -> Labels:
+    """``narrow_copy(x, dim, start, length)``."""
+    labels = list(op[op.arg(0, "self")])
+    dim, start = int(op.arg(1, "dim")), int(op.arg(2, "start"))
+    start %= max(labels[dim].size, 1)
+    labels[dim] = op.take(labels[dim], start, start + int(op.arg(3, "length")))
+    return tuple(labels)
+
+
 def _strided(op: LabelledOp, axis: Axis, start: int, stop: int, step: int) -> Axis:
     count = op.out.shape[int(op.arg(1, "dim", 0))]
     if isinstance(resolve(axis), Fixed):
@@ -277,30 +296,6 @@ def pad(op: LabelledOp) -> Labels:
 
 def _padding(op: LabelledOp, size: int, dim: int) -> Axis:
     return op.fresh(size, dim, weak=True) if size else op.fixed(0, "no padding")
-
-
-def flip(op: LabelledOp) -> Labels:
-    """``flip(x, dims)``: index i becomes n-1-i."""
-    labels = list(op[op.arg(0, "self")])
-    for d in op.arg(1, "dims"):
-        axis = labels[int(d)]
-        labels[int(d)] = axis if isinstance(resolve(axis), Fixed) else op.pick(axis, np.arange(axis.size)[::-1])
-    return tuple(labels)
-
-
-def roll(op: LabelledOp) -> Labels | Refusal:
-    """``roll(x, shifts, dims)``: the end of a dim is put in front of its beginning."""
-    x, shifts, dims = op.arg(0, "self"), op.arg(1, "shifts"), op.arg(2, "dims", ())
-    labels = list(op[x])
-    if not dims or op.op.own_sizes:
-        for axis in labels:
-            op.freeze(axis, "rolled")
-    for shift, d in zip(shifts, dims, strict=False):
-        axis = labels[int(d)]
-        if not isinstance(resolve(axis), Fixed):
-            cut = axis.size - int(shift) % axis.size
-            labels[int(d)] = Cat((op.take(axis, cut, axis.size), op.take(axis, 0, cut)))
-    return tuple(labels)
 
 
 def repeat(op: LabelledOp) -> Labels:

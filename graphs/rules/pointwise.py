@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["broadcast", "cumulative", "gated", "like", "unary"]
+__all__ = ["broadcast", "crossed", "cumulative", "gated", "like", "unary"]
 
 
 def broadcast(op: LabelledOp) -> list[Labels]:
@@ -29,6 +29,13 @@ def broadcast(op: LabelledOp) -> list[Labels]:
             labels.append(op.fixed(size, "size 1") if label is None else label)
         outs.append(tuple(labels))
     return outs
+
+
+def crossed(op: LabelledOp) -> list[Labels]:
+    """``linalg_cross(x, y, dim)``: the three indices of ``dim`` are mixed, the other dims are broadcast."""
+    for slot in op.op.inputs():
+        op.freeze(op[slot][int(op.arg(2, "dim", -1))], "the three indices of a cross product")
+    return broadcast(op)
 
 
 def unary(op: LabelledOp) -> list[Labels]:

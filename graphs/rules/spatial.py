@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from chase_fx.graphs.axes import Prod
 from chase_fx.graphs.rules.base import LabelledOp, Labels
 
-__all__ = ["col2im", "grid_sample", "im2col", "over_last", "pooling", "transform", "unpool"]
+__all__ = ["affine_grid", "col2im", "grid_sample", "im2col", "over_last", "pooling", "transform", "unpool"]
 
 
 def over_last(k: int) -> Callable[[LabelledOp], Sequence[Labels]]:
@@ -66,6 +66,14 @@ def grid_sample(op: LabelledOp) -> Labels:
     for axis in (*op[x][2:], *op[grid][1:]):
         op.freeze(axis, "not a channel dim")
     return (op[x][0], op[x][1], *(op.fixed(n) for n in op.out.shape[2:]))
+
+
+def affine_grid(op: LabelledOp) -> Labels:
+    """``affine_grid_generator(theta, size)``: theta: (N, 2, 3) -> (N, H, W, 2)."""
+    theta = op.arg(0, "theta")
+    for axis in op[theta][1:]:
+        op.freeze(axis, "a matrix is taken as a whole")
+    return (op[theta][0], *(op.fixed(n) for n in op.out.shape[1:]))
 
 
 def im2col(op: LabelledOp) -> Labels:
