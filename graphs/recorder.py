@@ -23,7 +23,8 @@ from torch.random import get_rng_state, set_rng_state
 
 from chase_fx.graphs.autocast import Regions, preserved_autocast
 from chase_fx.graphs.caches import uncached
-from chase_fx.graphs.calls import DATA_SIZED, call_name
+from chase_fx.graphs.calls import DATA_SIZED, call_name, is_in_place
+from chase_fx.graphs.copies import deep_copies
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.freed import setting
@@ -172,6 +173,7 @@ class Recorder(Inside):
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         own = [setting(lambda: recorder._active and not transformed(), recorder.let_go), without_inference_mode()]
+        own.append(deep_copies(lambda: recorder._active and not transformed()))
         return [*own, (torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
 
     def _whole_patches(self) -> list[Patch]:
@@ -300,7 +302,7 @@ class Recorder(Inside):
             node = self.graph.call_method(method or name, fx_args, fx_kwargs)
         else:
             node = self.graph.call_function(target, fx_args, fx_kwargs)
-        in_place = _is_in_place(name) or "out" in kwargs
+        in_place = is_in_place(name) or "out" in kwargs
         if name == "nonzero" and self.unroll:
             self._mask_of[node] = args[0] if args else kwargs["input"]
         result = self._finish(node, out, args, kwargs, start, in_place=in_place)
@@ -393,9 +395,3 @@ class Recorder(Inside):
                 return func(*args, **kwargs)
         finally:
             module.has_torch_function = original
-
-
-def _is_in_place(name: str) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return name.endswith("_")

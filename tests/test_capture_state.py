@@ -219,3 +219,28 @@ def test_writes_to_what_nobody_holds_are_refused(write: Callable[[_Writing], Ten
     """The graph would go on with what it wrote, where the model may begin anew."""
     with pytest.raises(CaptureError, match=r"writes at .*test_capture_state.py:\d+ to a tensor of shape \(8,\)"):
         chase_fx.trace(_Writing(write).double(), torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_a_deep_copy_is_a_clone_without_gradient() -> None:
+    """A deep copy of a tensor, or of a list of tensors, is made anew in every call, and passes no gradient."""
+
+    class Copying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            (before, _), given = copy.deepcopy([y.detach(), 1]), copy.deepcopy(x)
+            y = y.mul_(2)
+            return self.b(y + before) + given[:, :2]
+
+    model, x = Copying(), torch.randn(4, 3)
+    traced = chase_fx.trace(model, x)
+    other = torch.randn(5, 3)
+    assert torch.equal(traced(other), model(other))
+    for module in (model, traced):
+        module(other).square().sum().backward()
+    assert torch.equal(traced.a.weight.grad, model.a.weight.grad)
+    slim = chase_fx.prune(model, x, channel_sparsity=0.5)
+    assert slim.a.weight.shape == (4, 3)

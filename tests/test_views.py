@@ -182,3 +182,21 @@ def test_places_in_channels_and_space_are_guarded(step: Callable[[nn.Module, Ten
             slim(larger)
     else:
         slim(larger)
+
+
+def test_a_number_that_cuts_space_into_pieces_keeps_the_channels() -> None:
+    """``reshape(-1, 8)`` of a signal cuts no channel where the length is a multiple of 8; else it is refused."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x).reshape(-1, 8).softmax(-1)
+        return m.out(y.view(x.shape[0], 16, -1))
+
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 16, dtype=torch.float64),)
+    net = randomise(Net(forward, a=nn.Conv1d(3, 16, 1), out=nn.Conv1d(16, 2, 1)), x)
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("a.weight").shape[0] == 8
+    for batch, length in ((3, 8), (2, 40)):
+        assert_exact(net, slim, (torch.randn(batch, 3, length, dtype=torch.float64),))
+    with pytest.raises(OtherSizeError):
+        slim(torch.randn(2, 3, 12, dtype=torch.float64))

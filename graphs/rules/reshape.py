@@ -86,8 +86,13 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     for dims, ends in blocks([axis.size for axis in parts], op.out.shape):
         if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, parts, dims, ends):
             continue
-        covering = [end for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(parts[dim])]
-        if any(found is not None and True not in found for found in (read[d] for d in covering)):
+        sides = [(dim, end) for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(parts[dim])]
+        covering = [end for _, end in sides]
+        # A number that the space is a multiple of cuts it between channels: where it is none, the graph has a guard.
+        if any(
+            found is not None and True not in found and parts[dim].size % op.out.shape[end]
+            for found, dim, end in ((read[end], dim, end) for dim, end in sides)
+        ):
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
             return True
