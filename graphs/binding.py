@@ -108,7 +108,7 @@ def _bind_count(arguments: Arguments, value: Any, node: Node, path: str) -> str:
         arguments.call(expect_kind, (node, kind_of(value), name), plain=True)
     count: Any = list if isinstance(value, dict) else len
     found, known = arguments.call(count, (node,), plain=True), count(value)
-    if not isinstance(value, dict) or has_plain_keys(value):
+    if _is_written(known):
         arguments.call(expect, (found, known, f"{count.__name__}({name})"), plain=True)
     else:
         _hold(arguments, known, found, f"list({name})", left_out=False)

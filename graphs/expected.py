@@ -44,10 +44,11 @@ def expect(value: Any, expected: Any, name: str) -> None:
 
 def _same(value: Any, expected: Any) -> bool:
     kind = type(expected)
-    if isinstance(expected, list):  # FX has lists of its own
-        return isinstance(value, list) and len(value) == len(expected) and all(map(_same, value, expected))
-    if type(plain(value)) is not kind:
+    listed = isinstance(expected, list)  # FX has lists of its own
+    if not listed and type(plain(value)) is not kind:
         return False
+    if listed or kind is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(expected) and all(map(_same, value, expected))
     if kind is slice or kind is range:
         return all(_same(getattr(value, part), getattr(expected, part)) for part in ("start", "stop", "step"))
     if kind is complex:

@@ -107,6 +107,19 @@ def test_tensors_under_other_keys_and_in_slots() -> None:
     assert torch.equal(model(x, make(3)), traced(x, make(3)))
 
 
+def test_keys_that_have_code_are_compiled() -> None:
+    """A text of their values would not be."""
+    scale = torch.full((8,), 2.0, dtype=torch.float64)
+    model = Given(lambda y, o: y * o[1, (2.5, None)] * o[Colour.RED])
+    traced = chase_fx.trace(model, (images(), {(1, (2.5, None)): scale, Colour.RED: scale}))
+    torch.compiler.reset()
+    compiled = torch.compile(traced, fullgraph=True, backend="eager")
+    given = {(1, (2.5, None)): scale, Colour.RED: scale * 2}
+    assert torch.equal(compiled(images(1), given), model(images(1), given))
+    with pytest.raises(ArgumentError, match=r"list\(given\)"):
+        traced(images(1), {(True, (2.5, None)): scale, Colour.RED: scale})
+
+
 def test_sets_inside_of_objects_are_told_in_other_processes() -> None:
     """Their order depends on the process."""
     words = {f"word {k}" for k in range(20)}
