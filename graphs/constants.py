@@ -84,7 +84,7 @@ class Constants:
         item = None if node is None else index_argument(node)
         origins: dict[tuple[Slot, int], None] = {}
         try:
-            value = np.asarray(item) if isinstance(item, list) else self._value(item, origins).numpy()
+            value = np.asarray(item) if isinstance(item, list) else self._value(item, origins).cpu().numpy()
         except (_UnknownError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None
         if value.ndim != 1 or value.dtype.kind not in "biu" or value.dtype == np.uint8:

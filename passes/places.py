@@ -157,8 +157,9 @@ def _fix_sizes(site: CallSite, node: Node) -> None:
 
 def index_select(site: CallSite) -> None:
     """``index_select(x, dim, index)``."""
-    x, dim = site.arg(0, "input"), site.arg(1, "dim") % len(site.label(site.arg(0, "input")))
-    site.set(2, "index", _picked(site, site.arg(2, "index"), x, dim))
+    x, dim = site.arg(0, "input"), site.arg(1, "dim") % max(len(site.label(site.arg(0, "input"))), 1)
+    if site.note("picked") is not None:
+        site.set(2, "index", _picked(site, site.arg(2, "index"), x, dim))
 
 
 def index(site: CallSite) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests.random_nets.attention import attention
+from tests.random_nets.order import ordered
 from tests.random_nets.parts import MAP_NORMS, activation, conv, divisors, part
 
 __all__ = ["map_block", "plain"]
@@ -281,7 +282,7 @@ def map_block(draw: st.DrawFn, width: int, size: Sequence[int]) -> Sized:
 
 _KEEPING = (
     "residual", "depthwise", "split", "partial", "shuffle", "excite", "pool", "scale", "unet", "film", "tokens",
-    "prelu", "twice",
+    "prelu", "twice", "ordered",
 )  # fmt: skip
 _WIDENING = ("conv", "conv", "grouped", "concat", "pad", "up", "down", "transposed", "glu", "einsum")
 _IMAGES = ("windows", "space", "shuffled", "unshuffled", "dynamic", "channels")
@@ -312,6 +313,7 @@ def _keeping(draw: st.DrawFn, name: str, width: int, size: tuple[int, ...]) -> n
         "film": lambda: Film(width),
         "tokens": lambda: Tokens(attention(draw, width, math.prod(size))),
         "prelu": lambda: nn.PReLU(width),
+        "ordered": lambda: ordered(draw, width, plain(draw, rank, width, width)),
         "twice": lambda: _twice(plain(draw, rank, width, width)),
     }
     return make[name]()
