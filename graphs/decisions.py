@@ -8,6 +8,7 @@ value is remembered as a decision, for the other way may be captured too (see :m
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.guards import agree, check, check_data
-from chase_fx.graphs.live import LiveFloat, LiveInt, fix
+from chase_fx.graphs.live import LiveFloat, LiveInt, derive, fix, is_live
 from chase_fx.graphs.outcomes import Decision, Outcomes
+from chase_fx.graphs.pyoperators import fixed
 from chase_fx.graphs.recording import Recording
 from chase_fx.graphs.source import source_line, source_place
 from chase_fx.graphs.standins import StandIns
@@ -58,6 +60,14 @@ _ABOUT = frozenset(
     }
 )  # fmt: skip
 
+# Functions of torch that are those of Python for numbers.
+_OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    "sym_int": int,
+    "sym_float": float,
+    "sym_max": max,
+    "sym_min": min,
+    "_sym_sqrt": math.sqrt,
+}
 # Calls that tell how a tensor lies in memory, and where.
 _LAYOUT = frozenset({"is_contiguous", "storage_offset", "data_ptr"})
 
@@ -77,6 +87,10 @@ class Decisions(Recording):
 
     def _python_value(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose result is no tensor."""
+        if name in _OF_NUMBERS and any(map(is_live, args)):
+            return derive(_OF_NUMBERS[name], args)
+        if isinstance(out, (int, float)) and not isinstance(out, bool):  # of sizes, that nobody follows
+            fixed((args, tuple(kwargs.values())))
         if name in _LAYOUT:
             return self._read_layout(name, out, args, kwargs)
         if name not in _ABOUT:

@@ -174,7 +174,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     for name, fn in vars(np).items()
     if callable(fn) and not isinstance(fn, (type, np.ufunc)) and not name.startswith("_")
 }
-_FIXED = (bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
+_FIXED = (hash, bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
 _ITERTOOLS: dict[str, Callable[..., Any]] = {
     name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
 }

@@ -27,6 +27,7 @@ from chase_fx.graphs.reach import is_own
 
 __all__ = [
     "OPERATORS",
+    "fixed",
     "fixing",
     "import_hook",
     "redirect_calls",

@@ -96,6 +96,9 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "old constructor by name": lambda m, s: Tensor(s[2], s[3]).fill_(0.1),
     "real": lambda m, s: s[2].real + s[2].numerator + s[2].conjugate(),
     "round": lambda m, s: round(s[2] / 3, 1),
+    "torch's of numbers": lambda m, s: (
+        torch.sym_int(s[2] / 3) + torch.sym_float(s[3]) + torch.sym_max(s[2], 7) + torch.sym_min(7, s[3])
+    ),
     "import inside": logarithm,
     "old constructors of an import inside": constructors,
     "old constructors of an import by another name": import_by_other_name,
@@ -103,6 +106,8 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
 # What Python decides by: the graph refuses other sizes.
 DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {
     "list": lambda m, s: m.scales[s[2] // 2],
+    "hash": lambda m, s: hash(s[2]) * 0.1,
+    "torch's sum of numbers": lambda m, s: torch.sym_sum([s[2], 3]),
     "list from behind": lambda m, s: m.scales[-s[2]],
     "part of a list": lambda m, s: sum(m.scales[: s[2]]),
     "list of constants": lambda m, s: [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0][s[2] // 2],
