@@ -96,6 +96,8 @@ def nested_code(graph: Graph) -> Iterator[None]:
 def _nested(graph: Graph) -> Callable[[list[str]], list[str]]:
     """Turns the lines between markers into blocks; what a way leaves out is ``None`` there."""
     markers = {node.name: node.target for node in graph.nodes if node.target in BRANCHES}
+    if not markers:
+        return lambda body: body
     undefined = _undefined(graph)
 
     def nested(body: list[str]) -> list[str]:

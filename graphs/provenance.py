@@ -64,6 +64,8 @@ def from_data(number: Any) -> bool:
 
 def tell_data_from_sizes(graph: Graph, tape: Tape) -> None:
     """Guards of sizes that the data decide, such as how many places of a mask are set, are guards of data."""
+    if not any(node.target is check for node in graph.nodes):
+        return
     found: set[Node] = set()
     for node in graph.nodes:
         if node.target is check and not found.isdisjoint(node.all_input_nodes):

@@ -253,7 +253,7 @@ class Recorder(Inside):
         by_mode: bool,
     ) -> Any:
         args, kwargs = given
-        node = self.graph.call_module(graph_path(name), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self._node("call_module", graph_path(name), args, kwargs)
         node.meta["by_mode"] = by_mode  # in train mode it may draw
         if has_parameter(module):
             node.meta["grad"] = True
@@ -296,12 +296,11 @@ class Recorder(Inside):
         if name in _READS_INDICES:
             self._need_values(args[1:], kwargs)
         target = _MAGIC.get(name, func)
-        fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
         method = _METHODS.get(id(target))
         if method is not None or isinstance(target, _DESCRIPTORS):
-            node = self.graph.call_method(method or name, fx_args, fx_kwargs)
+            node = self._node("call_method", method or name, args, kwargs)
         else:
-            node = self.graph.call_function(target, fx_args, fx_kwargs)
+            node = self._node("call_function", target, args, kwargs)
         in_place = is_in_place(name) or "out" in kwargs
         if name == "nonzero" and self.unroll:
             self._mask_of[node] = args[0] if args else kwargs["input"]

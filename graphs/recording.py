@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,6 +100,15 @@ class Recording(TorchFunctionMode):
             yield
         finally:
             self._active = True
+
+    def _node(self, op: str, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Node:
+        """The call of ``target``. FX would look through arguments that it is given at once for numbers of its own."""
+        fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
+        node = self.graph.create_node(op, target)
+        node.args = fx_args
+        if fx_kwargs:
+            node.kwargs = fx_kwargs
+        return node
 
     def let_go(self, tensor: torch.Tensor) -> bool:
         """``tensor`` is an empty one from here on, if it was made in the forward."""

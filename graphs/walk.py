@@ -17,16 +17,18 @@ Modules = list[tuple[str, nn.Module]]
 
 def modules_of(root: nn.Module) -> Modules:
     """``root.named_modules(remove_duplicate=False)``."""
-    found: Modules = []
-
-    def visit(name: str, module: nn.Module) -> None:
-        found.append((name, module))
-        for key, child in module._modules.items():
-            if child is not None:
-                visit(f"{name}.{key}" if name else key, child)
-
-    visit("", root)
+    found: Modules = [("", root)]
+    _add_children(found, "", root)
     return found
+
+
+def _add_children(found: Modules, prefix: str, module: nn.Module) -> None:
+    for key, child in module._modules.items():
+        if child is not None:
+            name = prefix + key
+            found.append((name, child))
+            if child._modules:
+                _add_children(found, name + ".", child)
 
 
 def parameters_in(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:

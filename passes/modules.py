@@ -49,6 +49,8 @@ def slim_tree(module: nn.Module, pruned: Mapping[str, Kept]) -> dict[str, Any]:
 
 def resize(module: nn.Module, leaves: Leaves) -> None:
     """Set the size attributes of one module from its tensors; ``leaves`` adds those of the user's classes."""
+    if not module._parameters and not module._buffers:
+        return
     for cls, attributes in (*SIZE_ATTRIBUTES.items(), *leaves.items()):
         if isinstance(module, cls):
             for attribute, name, dim in attributes:
