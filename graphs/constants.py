@@ -40,12 +40,13 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def index_argument(node: Node) -> Any:
-    """The only index tensor, or list of numbers, of a node that picks along one dim; None for every other call."""
+    """The only index tensor, or list, of a node that picks or writes along one dim; None for every other call."""
     name = call_name(node)
-    if name == "index_select":
+    if name.rstrip("_") in ("index_select", "index_add", "index_copy", "index_reduce", "index_fill"):
         return node.args[2] if len(node.args) > 2 else node.kwargs.get("index")
-    given: Any = node.args[1] if name in ("getitem", "index") and len(node.args) > 1 else ()
-    items = given if isinstance(given, tuple) or name == "index" else (given,)
+    subscripts = name in ("getitem", "setitem", "index", "index_put", "index_put_")
+    given: Any = node.args[1] if subscripts and len(node.args) > 1 else ()
+    items = given if isinstance(given, tuple) or name.startswith("index") else (given,)
     found = [item for item in items if isinstance(item, list) or (isinstance(item, Node) and "slot" in item.meta)]
     return found[0] if len(found) == 1 else None
 

@@ -156,19 +156,19 @@ def _fix_sizes(site: CallSite, node: Node) -> None:
 
 
 def index_select(site: CallSite) -> None:
-    """``index_select(x, dim, index)``."""
+    """``index_select(x, dim, index)``, ``index_add(x, dim, index, source)`` and its like."""
     x, dim = site.arg(0, "input"), site.arg(1, "dim") % max(len(site.label(site.arg(0, "input"))), 1)
     if site.note("picked") is not None:
         site.set(2, "index", _picked(site, site.arg(2, "index"), x, dim))
 
 
 def index(site: CallSite) -> None:
-    """``aten.index(x, indices)``."""
+    """``aten.index(x, indices)``, ``index_put(x, indices, values)``."""
     x, given = site.arg(0, "self"), list(site.arg(1, "indices"))
     found = [d for d, item in enumerate(given) if item is not None]
     if len(found) == 1:
         given[found[0]] = _picked(site, given[found[0]], x, found[0])
-        site.set(1, "indices", given)
+        site.set(1, "indices", type(site.arg(1, "indices"))(given))
 
 
 def roll(site: CallSite) -> None:

@@ -50,6 +50,12 @@ def _written(y: Tensor, z: Tensor) -> Tensor:
     return y
 
 
+def _put(y: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, index] = values
+    return y
+
+
 def _packed(y: Tensor) -> Tensor:
     lengths = torch.tensor([16, 9, 4])
     return _image(pad_packed_sequence(pack_padded_sequence(_rows(y), lengths, True), True)[0])
@@ -216,6 +222,10 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "among": (lambda m, y, z: z + torch.isin((y * 4).round(), (z[0, :, 0, 0] * 4).round()).double(), 8),
     "crossed": (lambda m, y, z: F.pad(torch.linalg.cross(y[..., :3], z[:1, ..., 1:], dim=3), (0, 1)), 8),
     "crossed_over_channels": (lambda m, y, z: torch.linalg.cross(y[:, 2:5], z[:, :3], dim=1), 3),
+    "index_put_by_weights": (lambda m, y, z: _put(y, m.v.argsort()[:3], z[:, :3]), 8),
+    "index_add_by_weights": (lambda m, y, z: y.index_add(1, m.v.argsort()[:3], z[:, :3]), 8),
+    "index_fill_by_weights": (lambda m, y, z: y.index_fill(1, m.v.argsort()[:3], 3.0) + z, 8),
+    "index_put_places": (lambda m, y, z: _put(y, PICKED, z[:, :3]), 8),
     "index_fill": (lambda m, y, z: y.index_fill(1, PICKED, 3.0) + z, 8),
     "slice_scatter": (lambda m, y, z: torch.slice_scatter(y, z[:, :3], 1, 2, 5), 8),
     "packed": (lambda m, y, z: _packed(y) * z, 8),

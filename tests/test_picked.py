@@ -77,6 +77,11 @@ def _written(m: Any, y: Tensor) -> Tensor:
     return y[:, m.order]
 
 
+def _put(y: Tensor, index: Any, values: Tensor) -> Tensor:
+    y[:, index] = values
+    return y
+
+
 PRUNED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], int]] = {
     "buffer": (lambda m, y, z: y[:, m.order], 8),
     "list": (lambda m, y, z: y[:, [3, 2, 1, 0, 4, -1, 6, 5]], 8),
@@ -107,6 +112,13 @@ PRUNED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], int]] = {
     "a weight's": (lambda m, y, z: F.conv2d(y, m.tail.weight.repeat(4, 1, 1, 1)[:, m.order]), 8),
     "mapped": (lambda m, y, z: torch.vmap(lambda t: t[m.order])(y), 8),
     "with dropout": (lambda m, y, z: F.dropout(y[:, m.order], 0.5, m.training), 8),
+    "put back": (lambda m, y, z: _put(y.new_zeros(y.shape), m.order, y), 8),
+    "put in part": (lambda m, y, z: _put(y + 0, [6, 0, 3], z[:, 2:5]), 8),
+    "put by mask": (lambda m, y, z: _put(y + 0, m.mask, 0.5), 8),
+    "added to": (lambda m, y, z: y.index_add(1, m.order[:3], z[:, 5:]), 8),
+    "copied into": (lambda m, y, z: torch.zeros_like(y).index_copy_(1, m.order, z), 8),
+    "filled": (lambda m, y, z: y.index_fill(1, m.order[2:5], 2.0) + z, 8),
+    "put by name": (lambda m, y, z: y.transpose(0, 1).index_put((m.order[:2],), z.new_ones(())).transpose(0, 1), 8),
     "rolled": (lambda m, y, z: y.roll(-3, 1) + z, 8),
     "rolled twice": (lambda m, y, z: y.roll((3, 1), (1, 2)), 8),
     "flipped": (lambda m, y, z: torch.cat([y, z], 1).flip(1, 2), 16),
@@ -131,6 +143,7 @@ FROZEN: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "drawn": lambda m, y, z: y[:, torch.randperm(8)],
     "written": lambda m, y, z: _written(m, y),
     "statistics": lambda m, y, z: m.norm(z) + y[:, m.norm.running_var.argsort()],
+    "put by weights": lambda m, y, z: _put(y + 0, m.learned.argsort(), z),
     "pixels": lambda m, y, z: y[:, torch.arange(y.shape[2]).repeat(2)],
 }  # fmt: skip
 
@@ -140,7 +153,7 @@ def test_an_index_that_may_change_freezes(name: str) -> None:
     """What weights, data, draws, statistics, space or the forward itself decide is no order of channels."""
     model, x = flow(FROZEN[name])
     channels = chase_fx.analyze(chase_fx.trace(model, x))
-    assert "looked up by index" in channels.frozen["a.weight", 0]
+    assert " by index" in channels.frozen["a.weight", 0]
 
 
 def test_an_orbit_goes_together() -> None:

@@ -88,7 +88,7 @@ def index(op: LabelledOp) -> Labels | Refusal:
     x, indices = op.arg(0, "self"), op.arg(1, "indices")
     labels = list(op[x])
     given = [d for d, slot in enumerate(indices) if slot is not None]
-    if len(given) == 1 and "put" not in op.name and _picks(op, x, given[0], indices[given[0]], labels):
+    if len(given) == 1 and _picks(op, x, given[0], indices[given[0]], labels):
         return tuple(labels)
     d = 0
     kept: list[tuple[int, Axis]] = []
@@ -165,9 +165,17 @@ def scatter(op: LabelledOp) -> Labels:
 
 
 def index_add(op: LabelledOp) -> Labels:
-    """``index_add(x, dim, index, source)``, ``index_copy``, ``index_reduce``: the written dim is frozen."""
+    """``index_add(x, dim, index, source)``, ``index_copy``, ``index_reduce``: the written dim is frozen.
+
+    A constant index says which channels are written: index i of the source goes with index index[i] of x.
+    """
     x, dim, source = op.arg(0, "self"), int(op.arg(1, "dim")), op.arg(3, "source")
     d = dim % len(x.shape)
+    labels = list(op[x])
+    if _picks(op, x, d, op.arg(2, "index"), labels):
+        for a, b in zip(labels, op[source], strict=True):
+            op.tie(a, b)
+        return op[x]
     for k, (a, b) in enumerate(zip(op[x], op[source], strict=True)):
         if k == d:
             op.freeze(a, "written by index")
@@ -180,7 +188,7 @@ def index_add(op: LabelledOp) -> Labels:
 
 
 def index_put(op: LabelledOp) -> Labels | Refusal:
-    """``x[i, :, j] = values``: indexed dims are frozen, the others are those of the values."""
+    """``x[i, :, j] = values``: indexed dims are frozen, the others are those of the values; see :func:`index`."""
     x, values = op.arg(0, "self"), op.arg(2, "values")
     found = index(op)
     if isinstance(found, Refusal):
@@ -246,10 +254,13 @@ def members(op: LabelledOp) -> Labels:
 
 
 def index_fill(op: LabelledOp) -> Labels:
-    """``index_fill(x, dim, index, value)``: the written dim is frozen, the others pass."""
-    labels = op[op.arg(0, "self")]
+    """``index_fill(x, dim, index, value)``: the written dim is frozen unless the index is constant, the others pass."""
+    x = op.arg(0, "self")
+    labels = op[x]
     if labels:
-        op.freeze(labels[int(op.arg(1, "dim")) % len(labels)], "written by index")
+        d = int(op.arg(1, "dim")) % len(labels)
+        if not _picks(op, x, d, op.arg(2, "index"), list(labels)):
+            op.freeze(labels[d], "written by index")
     return labels
 
 
