@@ -35,5 +35,5 @@ def build(name: str) -> Case:
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     if name in SEGMENTATION:
         return Case(model.eval(), (torch.randn(2, 3, 64, 64),))
-    side = 300 if name == "ssd300_vgg16" else 64
-    return Case(model.backbone.eval(), (torch.randn(2, 3, side, side),))
+    images = (1, 3, 300, 300) if name == "ssd300_vgg16" else (2, 3, 64, 64)
+    return Case(model.backbone.eval(), (torch.randn(*images),))
