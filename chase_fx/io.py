@@ -20,6 +20,7 @@ from chase_fx.errors import ArgumentError, CheckpointError
 from chase_fx.graphs.capture import trace
 from chase_fx.graphs.inputs import check_model
 from chase_fx.graphs.plan import PruningPlan
+from chase_fx.graphs.recurrent import join_weights
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.passes.rewrite import rewrite
 
@@ -135,6 +136,7 @@ def load(
         _set_precision(slim, dtypes.pop())
     slim = _in_precision_of({name: t for name, t in state.items() if t.is_complex()}, slim)
     slim.load_state_dict(state)
+    join_weights(slim)  # another precision is other memory
     return slim
 
 

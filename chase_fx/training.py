@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from chase_fx.graphs.axes import atoms_of
 from chase_fx.graphs.channels import ChannelGraph, analyze
+from chase_fx.graphs.recurrent import join_weights
 from chase_fx.graphs.traced import TracedModule
 from chase_fx.passes.rewrite import rewrite
 from chase_fx.sparse import ACDC, GMP, MEST, SET, SNIP, Chase, GraNet, RigL, RigLITOP, SRigL, Static, provide
@@ -88,10 +89,8 @@ class GraphShrinker:
                         here = new if old is None else torch.searchsorted(old, new)
                         buffer.data = buffer.data.index_select(dim, here.to(buffer.device))
         for name, part in slim.named_modules():
-            target = module.get_submodule(name)
-            _copy_sizes(part, target)
-            if isinstance(target, nn.RNNBase):
-                target.flatten_parameters()  # cuDNN wants all weights of a layer in one piece
+            _copy_sizes(part, module.get_submodule(name))
+        join_weights(module)
         module.meta[_KEPT] = {name: mask.clone() for name, mask in kept.items()}
         module.__dict__["plan"] = plan
         module.__dict__["train_graph"] = slim.train_graph

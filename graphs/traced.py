@@ -20,6 +20,7 @@ from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
+from chase_fx.graphs.recurrent import join_weights
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
 from chase_fx.graphs.variants import Forward, Variants, by_sizes
@@ -99,6 +100,7 @@ class TracedModule(GraphModule):
         for name in _MODULE_STATE:
             module.__dict__[name] = root.__dict__[name]
         show_shadowed(module)
+        join_weights(module)  # whoever made the root copied or cut its tensors one by one
         module.__dict__["info"] = info
         module.__dict__["train_graph"] = train_graph
         for g in (graph, train_graph):

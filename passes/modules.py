@@ -63,7 +63,6 @@ def resize(module: nn.Module, leaves: Leaves) -> None:
         module.hidden_size = module.get_parameter("weight_hh_l0").shape[0] // _GATES[module.mode]
         if module.proj_size:
             module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
-        module.flatten_parameters()  # cuDNN wants all weights of a layer in one piece
     weight = module._parameters.get("weight")
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         module.normalized_shape = tuple(weight.shape)
