@@ -96,8 +96,33 @@ def _pixels(y: Tensor) -> Tensor:
     return torch.eye(16).double() + _rows(y) @ _rows(y).mT
 
 
-def _each(v: Tensor) -> Tensor:
-    return v[..., None, None]
+def _lstm_cell(x: Tensor, h: Tensor, c: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gates = (x + h + sum(biases)).chunk(4, 1)
+    i, f, o = (gates[k].sigmoid() for k in (0, 1, 3))
+    c = f * c + i * gates[2].tanh()
+    return o * c.tanh(), c, torch.cat([i, f, gates[2].tanh(), o], 1)
+
+
+def _gru_cell(x: Tensor, h: Tensor, state: Tensor, x_bias: Tensor, h_bias: Tensor) -> tuple[Tensor, Tensor]:
+    given, recurrent = (x + x_bias).chunk(3, 1), (h + h_bias).chunk(3, 1)
+    r, u = ((given[k] + recurrent[k]).sigmoid() for k in (0, 1))
+    n = (given[2] + r * recurrent[2]).tanh()
+    return n + u * (state - n), torch.cat([r, u, n, state, recurrent[2]], 1)
+
+
+# The fused steps of recurrent layers have kernels for GPUs only; with these, their rules have nets on a CPU.
+CPU_KERNELS = torch.library.Library("aten", "IMPL")
+CPU_KERNELS.impl("_thnn_fused_lstm_cell", _lstm_cell, "CPU")
+CPU_KERNELS.impl("_thnn_fused_gru_cell", _gru_cell, "CPU")
+
+
+def _stepped(m: nn.Module, y: Tensor, z: Tensor, gates: int) -> Tensor:
+    """One step from the pixels of ``y``, after those of ``z``."""
+    cell = torch.ops.aten._thnn_fused_lstm_cell if gates == 4 else torch.ops.aten._thnn_fused_gru_cell
+    y, z = _rows(y).flatten(0, 1), _rows(z).flatten(0, 1)
+    x = torch.cat([y, y * y, -y, y / 2][:gates], 1)
+    found = cell(x, torch.cat([z / 2, -z, z, z * z][:gates], 1), z, torch.cat([m.v] * gates), torch.cat([m.u] * gates))
+    return _image(found[0].unflatten(0, (-1, 16)) + (found[1].unflatten(0, (-1, 16)) if gates == 4 else 0))
 
 
 def _filled(y: Tensor, z: Tensor) -> Tensor:
@@ -119,6 +144,9 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "softmax": (lambda m, y, z: y.softmax(1) + z, 8),
     "extreme": (lambda m, y, z: y.amax(1, keepdim=True) + z, 8),
     "dropout": (lambda m, y, z: z + F.dropout(y, 0.5, m.training), 8),
+    # recurrent
+    "lstm_cell": (lambda m, y, z: _stepped(m, y, z, 4), 8),
+    "gru_cell": (lambda m, y, z: _stepped(m, y, z, 3), 8),
     # contraction
     "addmm": (lambda m, y, z: z + _channel(torch.addmm(m.v, y.mean((2, 3)), m.w)), 8),
     "baddbmm": (lambda m, y, z: _image(torch.baddbmm(_rows(z), _rows(y), m.w.expand(y.shape[0], 8, 8))), 8),
@@ -139,7 +167,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "dist": (lambda m, y, z: z * torch.dist(y, z[:1]), 8),
     "renorm": (lambda m, y, z: y.renorm(2, 0, 0.7) + z, 8),
     # matrices
-    "det": (lambda m, y, z: z * _each(torch.linalg.det(_gram(y))), 8),
+    "det": (lambda m, y, z: z * _channel(torch.linalg.det(_gram(y))), 8),
     "inverse": (lambda m, y, z: _image((torch.linalg.inv(_square(y)) @ z.flatten(2)).mT), 8),
     "householder": (lambda m, y, z: torch.linalg.householder_product(_gram(y), z[..., 0].sigmoid()), 8),
     "householder_over_channels": (
@@ -148,7 +176,7 @@ RULE_NETS: dict[str, tuple[Step, int]] = {
     "solved": (lambda m, y, z: torch.linalg.solve(_gram(y), z), 8),
     "solved_over_channels": (lambda m, y, z: _image(torch.linalg.solve(_square(y), z.flatten(2)).mT), 8),
     "solved_columns": (lambda m, y, z: _image(torch.linalg.solve(_pixels(y), _rows(z))), 8),
-    "solved_vector": (lambda m, y, z: z + _each(torch.linalg.solve(_square(y), z[..., 0, 0])), 8),
+    "solved_vector": (lambda m, y, z: z + _channel(torch.linalg.solve(_square(y), z[..., 0, 0])), 8),
     "solved_from_the_right": (lambda m, y, z: torch.linalg.solve(_gram(y), z, left=False), 8),
     "solved_by_factors": (lambda m, y, z: torch.cholesky_solve(z, torch.linalg.cholesky(_gram(y))), 8),
     "solved_by_pivots": (lambda m, y, z: torch.linalg.lu_solve(*torch.linalg.lu_factor(_gram(y)), z), 8),

@@ -30,9 +30,13 @@ BUILDERS: dict[str, Any] = {
 
 _UNREAD = "what it would freeze is no channel of any layer, and stays for that reason"
 _FREE = "the rewrite takes the kept places of each dim, so that any of them may go"
+_GATES = "the gates change places, and stay tied to the same hidden units"
 # (rule, mutator) -> why the mutant computes what the rule does
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("pointwise.gated", "other end"): "the halves change places, and stay tied",
+    ("recurrent.lstm_cell", "other end"): _GATES,
+    ("recurrent.lstm_cell", "reversed result"): _GATES,
+    ("recurrent.gru_cell", "other end"): _GATES,
     ("contraction.convolution", "nothing frozen"): _UNREAD,
     ("contraction.grouped_mm", "nothing frozen"): _UNREAD,
     ("lookup.gather", "unrelated result"): "its only live axes are those of the index, which have no other use",
