@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ __all__ = ["Magnitude"]
 Energies = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-_BLOCK = 1 << 18  # elements of which a copy in another precision stays in a cache
+_BLOCK = 1 << 16  # elements that stay in a core's cache while they are squared and added
 
 
 class Magnitude:
@@ -64,7 +63,8 @@ class Magnitude:
         tensor = self._tensors[name].detach()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
-        return _sum_of_squares(tensor, dim) if tensor.is_floating_point() and not tensor.is_meta else None
+        usable = tensor.is_floating_point() and not tensor.is_meta
+        return _sum_of_squares(tensor, dim).to("cpu", torch.float64).numpy() if usable else None
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,19 @@ class _Layout:
         np.add.at(total, self.units, (values * weight[:, self.atoms]).sum(0))
 
 
-def _sum_of_squares(tensor: torch.Tensor, dim: int) -> Energies:
+def _sum_of_squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Over every dim but ``dim``, in one pass and without a copy of the tensor."""
-    if tensor.dim() == 1:
-        return _array(tensor) ** 2
-    if dim == 0 or tensor.device.type != "cpu":
-        others = [d for d in range(tensor.dim()) if d != dim]
-        norm = torch.linalg.vector_norm(tensor, dim=others, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        return _array(norm) ** 2
-    # torch reduces a leading dim one column at a time, so numpy adds up the rows of a block.
-    sizes = tensor.shape[1:]
-    columns = math.prod(sizes)
-    total: Energies = np.zeros(columns)
-    for block in tensor.split(max(1, _BLOCK // max(1, columns))) if tensor.numel() > 0 else ():
-        rows = block.to(torch.promote_types(tensor.dtype, torch.float32)).numpy().reshape(-1, columns)
-        total += np.einsum("ij,ij->j", rows, rows)
-    energies: Energies = total.reshape(sizes).sum(tuple(d for d in range(len(sizes)) if d != dim - 1))
-    return energies
-
-
-def _array(tensor: torch.Tensor) -> Energies:
-    found: Energies = tensor.to("cpu", torch.float64).numpy()
-    return found
+    others = [d for d in range(tensor.dim()) if d != dim]
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if not others:
+        return tensor.double().square()
+    if dim == 0:
+        norm: torch.Tensor = torch.linalg.vector_norm(tensor, dim=others, dtype=wide)
+        return norm.double().square()
+    # torch reduces a leading dim one column at a time, so blocks of rows are added onto each other first.
+    blocks = tensor.split(max(1, _BLOCK * len(tensor) // max(1, tensor.numel())))
+    total: torch.Tensor = blocks[0].to(wide).square()
+    for block in blocks[1:]:
+        part = block.to(wide)
+        total[: len(part)].addcmul_(part, part)
+    return total.sum(others)

@@ -27,3 +27,15 @@ def test_scores_are_root_mean_squares_of_normalised_energies(dtype: torch.dtype)
     energies = [second.square().sum((1, 2, 3)), second_bias.square(), last.square().sum(0).view(300, 4).mean(1)]
     wanted = sum(e / e.mean() for e in energies).sqrt()
     torch.testing.assert_close(score(channels.groups[1]), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scoring_copies_no_weights(dtype: torch.dtype) -> None:
+    """Weights that the traced module shares with the model, to be copied on a write, are read only."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+    net.to(dtype)
+    traced = chase_fx.trace(net, torch.zeros(2, 3, 6, 6, dtype=dtype))
+    shared = {name: p for name, p in traced.named_parameters() if torch._C._is_cow_tensor(p)}
+    assert shared.keys() == dict(net.named_parameters()).keys()
+    chase_fx.analyze(traced).plan(0.5)
+    assert all(map(torch._C._is_cow_tensor, shared.values()))
