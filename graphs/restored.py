@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from chase_fx.errors import CaptureError
-from chase_fx.graphs.tape import Slot, Tape, TapedOp
+from chase_fx.graphs.tape import Slot, Tape, TapedOp, slots_in, written_by
 from chase_fx.graphs.trees import SEQUENCES
 
 __all__ = ["restore"]
@@ -45,11 +45,8 @@ def restore(root: nn.Module, model: nn.Module | None, tape: Tape, constants: Map
 
 def _written(op: TapedOp) -> Iterator[Slot]:
     """The tensors that a call writes to."""
-    for position, argument in enumerate(op.op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = op.arg(position, argument.name)
-            slots = given if isinstance(given, (tuple, list)) else [given]
-            yield from (slot for slot in slots if isinstance(slot, Slot))
+    for position, name in written_by(op.op):
+        yield from slots_in(op.arg(position, name))
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from chase_fx.graphs.standin_results import CONTRACTIONS, ELEMENTWISE, Zeros
-from chase_fx.graphs.tape import Slot, TapedOp, slots_in
+from chase_fx.graphs.tape import Slot, TapedOp, slots_in, written_by
 
 __all__ = ["StandIns", "ValuesNeeded"]
 
@@ -109,18 +109,11 @@ class StandIns:
             self.need(slot for slot in slots_in(args[1]) if slot.dtype in (torch.bool, torch.uint8))
         elif func.namespace != "aten" or _depends_on_data(func):
             self.give_up()
-        for i, name in _written(func):
+        for i, name in written_by(func):
             written = list(slots_in(args[i] if i < len(args) else kwargs.get(name)))
             if any(slot.storage in self._parameters for slot in written):
                 self.give_up()
             self.follow(written, (self._given, self._marked))
-
-
-@functools.cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of each argument that the operator writes to."""
-    given = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in given if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from chase_fx.graphs.pickling import from_plain, to_plain
 if TYPE_CHECKING:
     from chase_fx.graphs.standins import StandIns
 
-__all__ = ["SizeRead", "Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in"]
+__all__ = ["SizeRead", "Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in", "written_by"]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +91,13 @@ class TapedOp:
         if self.read is None:
             self.read = tuple(slots_in((self.args, self.kwargs)))
         return iter(self.read)
+
+
+@functools.cache
+def written_by(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Position and name of each argument that an operator writes to."""
+    given = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in given if a.alias_info is not None and a.alias_info.is_write)
 
 
 def slots_in(value: Any) -> Iterator[Slot]:
