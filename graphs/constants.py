@@ -164,13 +164,7 @@ def _results(node: Node) -> list[Slot]:
 
 
 def _writes(tape: Tape) -> list[Slot]:
-    return [
-        slot
-        for op in tape.ops
-        if op.op._schema.is_mutable
-        for slot, argument in zip(op.args, op.op._schema.arguments, strict=False)
-        if isinstance(slot, Slot) and argument.alias_info is not None and argument.alias_info.is_write
-    ] + [slot for op in tape.ops if op.op._schema.is_mutable for slot in op.kwargs.values() if isinstance(slot, Slot)]
+    return [slot for op in tape.ops for slot in op.writes()]
 
 
 def _number(node: Node, origins: dict[tuple[Slot, int], None]) -> Any:

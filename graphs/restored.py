@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from chase_fx.errors import CaptureError
-from chase_fx.graphs.tape import Slot, Tape, TapedOp, slots_in, written_by
+from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import SEQUENCES
 
 __all__ = ["restore"]
@@ -31,22 +31,16 @@ def restore(root: nn.Module, model: nn.Module | None, tape: Tape, constants: Map
     writers = [op for op in tape.ops if op.op._schema.is_mutable]
     if model is None or not writers:
         return
-    storages = {slot.storage for op in writers for slot in _written(op)}
+    storages = {slot.storage for op in writers for slot in op.writes()}
     written = {slot.name for slot in tape.slots if slot.kind == "parameter" and slot.storage in storages}
     with torch.no_grad():
         for name in map(str, written):
             root.get_parameter(name).copy_(model.get_parameter(name))
-        memory = {_memory(tape.tensor_of(slot)): op for op in writers for slot in _written(op)} if constants else {}
+        memory = {_memory(tape.tensor_of(slot)): op for op in writers for slot in op.writes()} if constants else {}
         for tensor in constants.values():
             op = memory.get(_memory(tensor)) if tensor.numel() else None
             if op is not None:
                 tensor.copy_(_original(tensor, root, model, op.source))
-
-
-def _written(op: TapedOp) -> Iterator[Slot]:
-    """The tensors that a call writes to."""
-    for position, name in written_by(op.op):
-        yield from slots_in(op.arg(position, name))
 
 
 def _memory(tensor: torch.Tensor) -> int:

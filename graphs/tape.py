@@ -92,6 +92,11 @@ class TapedOp:
             self.read = tuple(slots_in((self.args, self.kwargs)))
         return iter(self.read)
 
+    def writes(self) -> Iterator[Slot]:
+        """Every tensor that the call writes to."""
+        for position, name in written_by(self.op):
+            yield from slots_in(self.arg(position, name))
+
 
 @functools.cache
 def written_by(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:

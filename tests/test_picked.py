@@ -286,3 +286,23 @@ def test_picked_axes_keep_what_they_read(data: st.DataObject) -> None:
             assert _mask(axis, kept).any()
             assert kept_count(axis, {atom: int(mask.sum()) for atom, mask in kept.items()}) == _mask(axis, kept).sum()
             assert resolve(resolve(axis)) is resolve(axis)
+
+
+class WrittenInAList(nn.Module):
+    """An order that an operator on lists of tensors writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("order", torch.tensor([5, 2, 7, 0, 3, 6, 1, 4]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._foreach_mul_([self.order], 1)
+        return self.b(self.a(x)[:, self.order])
+
+
+def test_an_order_that_is_written_as_one_of_a_list_freezes() -> None:
+    """The forward may change it, so it is no constant."""
+    channels = chase_fx.analyze(chase_fx.trace(WrittenInAList(), torch.randn(1, 3, 4, 4)))
+    assert not channels.groups
+    assert "looked up by index" in channels.frozen["a.weight", 0]
