@@ -110,10 +110,31 @@ def _gru_cell(x: Tensor, h: Tensor, state: Tensor, x_bias: Tensor, h_bias: Tenso
     return n + u * (state - n), torch.cat([r, u, n, state, recurrent[2]], 1)
 
 
+def _lstm_cell_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, before: Tensor, c: Tensor, gates: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    i, f, g, o = gates.chunk(4, 1)
+    grad_h, grad_c = (torch.zeros_like(c) if grad is None else grad for grad in (grad_h, grad_c))
+    grad_c = grad_c + grad_h * o * (1 - c.tanh() ** 2)
+    parts = [grad_c * g * i * (1 - i), grad_c * before * f * (1 - f), grad_c * i * (1 - g * g)]
+    grad = torch.cat([*parts, grad_h * c.tanh() * o * (1 - o)], 1)
+    return grad, grad_c * f, grad.sum(0)
+
+
+def _gru_cell_backward(grad: Tensor, workspace: Tensor, has_bias: bool) -> tuple[Tensor, ...]:
+    r, u, n, state, recurrent = workspace.chunk(5, 1)
+    grad_n, grad_u = grad * (1 - u) * (1 - n * n), grad * (state - n) * u * (1 - u)
+    grad_r = grad_n * recurrent * r * (1 - r)
+    grad_x, grad_h = torch.cat([grad_r, grad_u, grad_n], 1), torch.cat([grad_r, grad_u, grad_n * r], 1)
+    return grad_x, grad_h, grad * u, grad_x.sum(0), grad_h.sum(0)
+
+
 # The fused steps of recurrent layers have kernels for GPUs only; with these, their rules have nets on a CPU.
 CPU_KERNELS = torch.library.Library("aten", "IMPL")
 CPU_KERNELS.impl("_thnn_fused_lstm_cell", _lstm_cell, "CPU")
 CPU_KERNELS.impl("_thnn_fused_gru_cell", _gru_cell, "CPU")
+CPU_KERNELS.impl("_thnn_fused_lstm_cell_backward_impl", _lstm_cell_backward, "CPU")
+CPU_KERNELS.impl("_thnn_fused_gru_cell_backward", _gru_cell_backward, "CPU")
 
 
 def _stepped(m: nn.Module, y: Tensor, z: Tensor, gates: int) -> Tensor:
