@@ -76,16 +76,18 @@ class Axis:
 class Atom(Axis):
     """``size`` units that nothing ties to each other. ``ref`` is what the atom was found to equal, once it was."""
 
-    __slots__ = ("carrier", "least", "multiple", "owner", "ref", "serial", "weak")
+    __slots__ = ("carrier", "grouping", "least", "multiple", "owner", "ref", "required", "serial", "weak")
 
     def __init__(self, size: int, owner: AxisName, serial: int) -> None:
         self.size = size
         self.owner = owner
         self.ref: Axis | None = None
         self.serial = serial
-        self.carrier = False  # a head or a convolution group: the first choice of what to remove in a product
+        self.carrier = False  # a head: the first choice of what to remove in a product
+        self.grouping = False  # groups of a convolution: the channels within them are the better choice
         self.least = 1  # units that have to stay: a variance needs two
         self.multiple = 1  # the number that stays is a multiple of this: some kernels want aligned rows
+        self.required: Cause | None = None  # who asked for either
         self.weak = False  # born of an expand: the last choice
 
     def __repr__(self) -> str:

@@ -124,9 +124,10 @@ class _Propagation:
             self.labelling.producers.update(axis.owner for axis in facts.produced if isinstance(axis, Atom))
         for leaf in self.capture.outputs:
             self._read(leaf.slot, None)
-        for slot in projections(self.capture.tape.ops):
+        for op, slot in projections(self.capture.tape.ops):
             if slot.index in self.labels:
-                self.labelling.axes.require(self.labels[slot.index][1], slot.shape[0] + 1)
+                cause = Cause(op.node, "lstm", op.source, f"has to stay wider than its projection '{slot.name}'")
+                self.labelling.axes.require(self.labels[slot.index][1], cause, slot.shape[0] + 1)
         self.labelling.slots.append(self.labels)
         self.labelling.facts.append(self.facts)
 

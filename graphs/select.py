@@ -57,18 +57,20 @@ def choose(
 def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[str, int]:
     """How many units of each group stay when every coupled axis keeps about ``density`` of its indices.
 
-    In a product (heads x head_dim, groups x channels in a group) the carrier gives way first, and the others only make
+    In a product (heads x head_dim, groups x channels in a group) one factor gives way first, and the others only make
     up for what its rounding left: both at ``density`` would keep its square.
     """
     partners = _products(channels)
     share: dict[Atom, float] = {}
     counts: dict[str, int] = {}
-    for group in sorted(channels.groups, key=lambda g: (g.atom.weak, not g.atom.carrier, -g.size)):
-        need = 0.0
+    order = sorted(channels.groups, key=_turn)
+    # Groups of a convolution have a second turn, when it is known how far the channels within them went.
+    for group in (*order, *(group for group in order if group.atom.grouping)):
         contexts = partners.get(group.atom, [])
         alone = len(contexts) == 0 or any(not others for others in contexts)
-        if alone:
-            need = density
+        need = density if alone else 0.0
+        if group.atom.grouping and not alone:
+            need = min(density / math.prod(share.get(o, o.least / o.size) for o in others) for others in contexts)
         for others in contexts:
             need = max(need, density / math.prod(share.get(o, 1.0) for o in others))
         need = min(need, 1.0)
@@ -83,6 +85,16 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
         counts[group.name] = keep
         share[group.atom] = keep / group.size
     return counts
+
+
+def _turn(group: Group) -> tuple[bool, bool, bool, int]:
+    """When a group's turn is among the factors of a product: those with the lowest value give way first.
+
+    Heads go whole. Groups of a convolution only go as far as the channels within them can't: with half of these, both
+    sides are narrower and a quarter of the weights is left; half of the groups would leave half.
+    """
+    atom = group.atom
+    return atom.weak, not atom.carrier, not atom.grouping, -group.size
 
 
 def _kept(atom: Atom, share: dict[Atom, float]) -> int:

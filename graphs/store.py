@@ -38,11 +38,11 @@ class Store:
 
     def _bind(self, atom: Atom, axis: Axis) -> None:
         bind(atom, axis)
-        if atom.least > 1 or atom.multiple > 1:
-            self.require(axis, atom.least, atom.multiple)
+        if atom.required is not None:
+            self.require(axis, atom.required, atom.least, atom.multiple)
 
-    def require(self, axis: Axis, least: int, multiple: int = 1) -> None:
-        """At least ``least`` indices of ``axis`` stay, and a multiple of ``multiple`` of them.
+    def require(self, axis: Axis, cause: Cause, least: int = 1, multiple: int = 1) -> None:
+        """At least ``least`` indices of ``axis`` stay, and a multiple of ``multiple`` of them; all, if it has no more.
 
         The largest piece sees to it where one index of each is too few; every part of a concatenation and one factor
         of a product sees to the multiple.
@@ -51,14 +51,17 @@ class Store:
         if isinstance(axis, Atom):
             axis.least = max(axis.least, min(least, axis.size))
             axis.multiple = math.lcm(axis.multiple, multiple)
+            axis.required = axis.required or cause
+            if max(axis.least, axis.multiple) >= axis.size:
+                self.freeze(axis, cause)
         elif isinstance(axis, Picked):
-            self.require(axis.base, least, multiple)
+            self.require(axis.base, cause, least, multiple)
         elif isinstance(axis, Prod):
-            self.require(max(axis.factors, key=lambda f: (f.size % multiple == 0, f.size)), least, multiple)
+            self.require(max(axis.factors, key=lambda f: (f.size % multiple == 0, f.size)), cause, least, multiple)
         elif isinstance(axis, Cat):
             largest = max(axis.parts, key=lambda p: p.size)
             for part in axis.parts:
-                self.require(part, max(least - len(axis.parts) + 1, 1) if part is largest else 1, multiple)
+                self.require(part, cause, max(least - len(axis.parts) + 1, 1) if part is largest else 1, multiple)
 
     def _give_up(self, axes: Sequence[Axis], cause: Cause, detail: str) -> None:
         reason = Cause(cause.node, cause.op, cause.source, detail)
@@ -70,5 +73,5 @@ class Store:
             return Fixed(1, Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty"))
         piece = self.atom(size, atom.owner)
         if isinstance(piece, Atom):
-            piece.carrier, piece.weak = atom.carrier, atom.weak
+            piece.carrier, piece.grouping, piece.weak = atom.carrier, atom.grouping, atom.weak
         return piece

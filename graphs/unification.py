@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Picked, Prod, atoms_of, bind, resolve
+from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Picked, Prod, atoms_of, resolve
 from chase_fx.graphs.elements import Elements
 from chase_fx.graphs.picking import Picking
 from chase_fx.graphs.store import TRIVIAL
@@ -47,10 +47,9 @@ class Axes(Picking):
 
     def _join(self, old: Atom, new: Atom) -> None:
         old.carrier = old.carrier or new.carrier
+        old.grouping = old.grouping or new.grouping
         old.weak = old.weak and new.weak
-        old.least = max(old.least, new.least)
-        old.multiple = math.lcm(old.multiple, new.multiple)
-        bind(new, old)
+        self._bind(new, old)
 
     def _unify_compounds(self, a: Axis, b: Axis, cause: Cause) -> None:
         if isinstance(a, Picked) or isinstance(b, Picked):

@@ -111,8 +111,9 @@ def _gru_cell(x: Tensor, h: Tensor, state: Tensor, x_bias: Tensor, h_bias: Tenso
 
 
 def _lstm_cell_backward(
-    grad_h: Tensor | None, grad_c: Tensor | None, before: Tensor, c: Tensor, gates: Tensor, has_bias: bool
+    grad_h: Tensor | None, grad_c: Tensor | None, *saved: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    before, c, gates = (tensor for tensor in saved if isinstance(tensor, Tensor))
     i, f, g, o = gates.chunk(4, 1)
     grad_h, grad_c = (torch.zeros_like(c) if grad is None else grad for grad in (grad_h, grad_c))
     grad_c = grad_c + grad_h * o * (1 - c.tanh() ** 2)

@@ -24,6 +24,41 @@ class Projected(nn.Module):
         return self.out(self.rnn(self.first(x))[0])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_wide_inputs_are_no_projections(layers: int) -> None:
+    """Weights of a plain layer whose inputs are four times as wide as its hidden state look like a projection's."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(16, 4, layers, bidirectional=True, batch_first=True)
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0])
+
+    channels = chase_fx.analyze(chase_fx.trace(Wide(), torch.randn(2, 5, 16)))
+    assert {group.least for group in channels.groups} == {1}
+    assert any("rnn" in group.name or "out" in group.name for group in channels.groups)
+
+
+def test_what_has_to_stay_whole_is_frozen() -> None:
+    """A group that has as many units as it needs is none: it is frozen, with the reason."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 2), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(y / y.std(-1, keepdim=True))
+
+    channels = chase_fx.analyze(chase_fx.trace(Pair(), torch.randn(4, 3)))
+    assert not channels.groups
+    assert "no spread" in channels.frozen["first.weight", 0]
+
+
 @pytest.mark.parametrize(("hidden", "projected", "layers"), [(8, 3, 1), (8, 7, 1), (8, 6, 2), (4, 3, 1), (12, 4, 2)])
 def test_fewer_are_projected_than_are_hidden(hidden: int, projected: int, layers: int) -> None:
     """At any sparsity and rounding a projected LSTM stays one, and is exact."""

@@ -138,12 +138,24 @@ def test_image_size_does_not_matter(layers: int) -> None:
     assert len(texts) == 1
 
 
-def test_whole_groups_go_first() -> None:
-    """In a product the carrier gives way: at 50 % a grouped convolution loses half of its groups."""
+@pytest.mark.parametrize(("sparsity", "shape", "groups"), [(0.5, (8, 1, 1, 1), 4), (0.75, (4, 1, 1, 1), 2)])
+def test_grouped_convolution_gets_narrower_before_it_loses_groups(
+    sparsity: float, shape: tuple[int, ...], groups: int
+) -> None:
+    """At 50 % a quarter of its weights stays, as in any other convolution; groups go where no channel in them can."""
     net, x = build("grouped")
-    slim = chase_fx.prune(net, x, channel_sparsity=0.5)
-    assert slim.get_submodule("b").groups == 2
-    assert slim.get_parameter("b.weight").shape == (8, 2, 1, 1)
+    slim = chase_fx.prune(net, x, channel_sparsity=sparsity)
+    assert slim.get_submodule("b").groups == groups
+    assert slim.get_parameter("b.weight").shape == shape
+
+
+def test_groups_make_up_for_what_rounding_leaves() -> None:
+    """Two of three channels in each group are more than half, so one of four groups goes as well."""
+    net = Net(lambda m, x: m.out(m.b(m.a(x))), a=conv(3, 12), b=conv(12, 12, groups=4), out=conv(12, 2))
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    slim = chase_fx.prune(randomise(net, (x,)), x).eval()
+    assert slim.get_parameter("b.weight").shape == (6, 2, 1, 1)
+    assert_exact(net, slim, (x,))
 
 
 def test_depthwise_goes_with_its_input() -> None:

@@ -153,17 +153,23 @@ class LabelledOp:
         return self.constants.index(self.op, lambda slot, d: any(atoms_of(self._labels[slot.index][d])))
 
     def carry(self, axis: Axis) -> None:
-        """Prefer the units of this axis where a product leaves a choice (heads, convolution groups)."""
+        """Prefer the units of this axis where a product leaves a choice (heads)."""
         for atom in atoms_of(axis):
             atom.carrier = True
 
+    def group(self, axis: Axis) -> None:
+        """Prefer what else is in a product with this axis, the groups of a convolution."""
+        for atom in atoms_of(axis):
+            atom.grouping = True
+
     def at_least_two(self, axis: Axis) -> None:
         """A spread is measured along this axis: of a single unit there is none."""
-        self.axes.require(axis, 2)
+        self.axes.require(axis, self._why("of a single unit there is no spread"), 2)
 
     def aligned(self, slot: Slot, dim: int) -> None:
         """The operator takes rows along ``dim`` whose length is a multiple of 16 bytes only."""
-        self.axes.require(self[slot][dim], 1, max(16 // slot.dtype.itemsize, 1))
+        multiple = max(16 // slot.dtype.itemsize, 1)
+        self.axes.require(self[slot][dim], self._why(f"its rows have multiples of {multiple} elements"), 1, multiple)
 
     def contract(self, slot: Slot, dim: int) -> None:
         """Note that ``dim`` of ``slot`` is summed over."""

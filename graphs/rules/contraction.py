@@ -77,7 +77,7 @@ def grouped_output(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, *, tran
         group, _ = op.split(w[0], groups, w[0].size // groups)
         op.tie(x_axis, Prod((group, w[1])))
         out = w[0]
-    op.carry(group)
+    op.group(group)
     op.facts.notes["groups"] = group
     return out
 

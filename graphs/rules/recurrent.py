@@ -45,7 +45,7 @@ def _step(op: LabelledOp, count: int) -> tuple[Axis, Axis, Axis]:
     return batch, hidden, gates
 
 
-def projections(ops: Iterable[TapedOp]) -> Iterator[Slot]:
+def projections(ops: Iterable[TapedOp]) -> Iterator[tuple[TapedOp, Slot]]:
     """The (P, H) weights by which LSTMs project what they give on, each of which follows a (4H, inputs) and a (4H, P).
 
     torch takes an LSTM for one with projections if P differs from H, so P has to stay below H.
@@ -58,5 +58,5 @@ def projections(ops: Iterable[TapedOp]) -> Iterator[Slot]:
         weights = [slot for slot in op.operands if len(slot.shape) == 2]
         for inputs, recurrent, projection in zip(weights, weights[1:], weights[2:], strict=False):
             p, h = projection.shape
-            if inputs.shape[0] == 4 * h and recurrent.shape == (4 * h, p):
-                yield projection
+            if p < h and inputs.shape[0] == 4 * h and recurrent.shape == (4 * h, p):
+                yield op, projection
