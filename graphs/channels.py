@@ -92,7 +92,7 @@ class ChannelGraph:
         self.outputs = outputs
         self.module = module
         self.info = info
-        self._units: dict[int, tuple[Axis, dict[Atom, np.ndarray]]] = {}
+        self._units: dict[Axis, dict[Atom, np.ndarray]] = {}
         self._touched: dict[Atom, list[AxisName]] = {}
         for name, labels in labelling.state.items():
             if name in info.aliases:
@@ -128,10 +128,10 @@ class ChannelGraph:
 
     def _units_along(self, name: str, dim: int) -> dict[Atom, np.ndarray]:
         axis = resolve(self.labelling.state[name][dim])
-        found = self._units.get(id(axis))
-        if found is None:  # tensors of one layer share their axes; the axis is held so that its id stays its own
-            found = self._units[id(axis)] = (axis, units_along(axis))
-        return found[1]
+        found = self._units.get(axis)
+        if found is None:  # tensors of one layer share their axes
+            found = self._units[axis] = units_along(axis)
+        return found
 
     @property
     def unknown(self) -> tuple[Unknown, ...]:
@@ -160,11 +160,11 @@ class ChannelGraph:
             for d, axis in enumerate(labels):
                 key = (name, d)
                 graph.add_node(key, size=axis.size, group=group_of.get(key), frozen=frozen.get(key))
-        for edge in dict.fromkeys(self.labelling.edges):
-            for end in (edge.a, edge.b):
+        for (a, b), cause in dict.fromkeys((edge, tie.cause) for tie in self.labelling.ties for edge in tie.edges()):
+            for end in (a, b):
                 if end not in graph:
                     graph.add_node(end, size=None, group=None, frozen=None)
-            graph.add_edge(edge.a, edge.b, node=edge.cause.node, op=edge.cause.op, source=edge.cause.source)
+            graph.add_edge(a, b, node=cause.node, op=cause.op, source=cause.source)
         return graph
 
     def explain(self, a: AxisName | str, b: AxisName | str) -> str:
@@ -208,9 +208,14 @@ class ChannelGraph:
         """A stable text dump: each tensor with its axes, a group named by its first axis."""
         names = {group.atom: group.name for group in self.groups}
         lines = []
+        known: dict[Axis, str] = {}
         for name, labels in self.labelling.state.items():
+            normal = [resolve(axis) for axis in labels]
+            for axis in normal:
+                if axis not in known:
+                    known[axis] = _text(axis, names)
             if labels:
-                lines.append(f"{name}: " + " x ".join(_text(axis, names) for axis in labels))
+                lines.append(f"{name}: " + " x ".join(known[axis] for axis in normal))
         return "\n".join(lines)
 
     @cached_property
@@ -260,15 +265,15 @@ class ChannelGraph:
         """Kept indices of every tensor that the given units change, the constants of a forward included."""
         masks = masks_by_atom(self.groups, kept)
         pruned: dict[str, Indices] = {}
-        # Tensors of one layer share their axes; an axis is held so that its id stays its own.
-        known: dict[int, tuple[Axis, torch.Tensor | None]] = {}
+        # Tensors of one layer share their axes.
+        known: dict[Axis, torch.Tensor | None] = {}
         for name, labels in self.labelling.state.items():
             stay = []
             for axis in map(resolve, labels):
-                if id(axis) not in known:
+                if axis not in known:
                     found = keep_mask(axis, masks)
-                    known[id(axis)] = axis, None if found is None else torch.from_numpy(np.flatnonzero(found))
-                stay.append(known[id(axis)][1])
+                    known[axis] = None if found is None else torch.from_numpy(np.flatnonzero(found))
+                stay.append(known[axis])
             if any(indices is not None for indices in stay):
                 pruned[name] = tuple(stay)
         return pruned

@@ -13,7 +13,7 @@ from typing import Any
 from chase_fx.errors import UnsupportedOpError
 from chase_fx.graphs.axes import Atom, Axis, Cause, Fixed, Prod, atoms_of, resolve
 from chase_fx.graphs.constants import Constants
-from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rules
+from chase_fx.graphs.rules.base import Facts, LabelledOp, Labels, Refusal, Rules, Tie
 from chase_fx.graphs.rules.normaliser import DECISIVE, decisive
 from chase_fx.graphs.rules.recurrent import projections
 from chase_fx.graphs.tape import Slot, TapedOp
@@ -49,7 +49,7 @@ class Labelling:
     state: dict[str, Labels]
     slots: list[dict[int, Labels]] = field(default_factory=list)
     facts: list[dict[int, Facts]] = field(default_factory=list)
-    edges: list[Edge] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
     unknown: list[Unknown] = field(default_factory=list)
     producers: set[tuple[str, int]] = field(default_factory=set)
     told: dict[str, str] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class _Propagation:
         return True
 
     def _apply(self, op: TapedOp, facts: Facts, *, decides: bool) -> None:
-        view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.edges, facts, constants=self.constants)
+        view = LabelledOp(op, self.labelling.axes, self.labels, self.labelling.ties, facts, constants=self.constants)
         for slot, given in zip(op.outs, [decisive(view)] if decides else self._answer(view), strict=False):
             label = given
             if tuple(axis.size for axis in given) != slot.shape:

@@ -105,8 +105,13 @@ def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
     """For each atom, the other live atoms of every product that it is a factor of (empty: it also stands alone)."""
     found: dict[Atom, dict[tuple[Atom, ...], None]] = {}
 
+    seen: set[tuple[Axis, tuple[Atom, ...]]] = set()
+
     def visit(given: Axis, outer: tuple[Atom, ...]) -> None:
         axis = resolve(given)
+        if (axis, outer) in seen:  # tensors of one layer share their axes
+            return
+        seen.add((axis, outer))
         if isinstance(axis, Atom):
             found.setdefault(axis, {})[outer] = None
         elif isinstance(axis, Cat):

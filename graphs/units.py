@@ -16,11 +16,17 @@ def units_along(axis: Axis) -> dict[Atom, np.ndarray]:
     found: dict[Atom, list[tuple[np.ndarray, np.ndarray]]] = {}
     for atom, units, positions in _place(axis):
         found.setdefault(atom, []).append((units, positions))
-    out = {}
-    for atom, pairs in found.items():
+    return {atom: _sorted(pairs) for atom, pairs in found.items()}
+
+
+def _sorted(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    units, positions = pairs[0]
+    if len(pairs) > 1:
         units, positions = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        order = np.lexsort((positions, units))
-        out[atom] = np.stack([units[order], positions[order]], axis=1)
+    out = np.empty((len(units), 2), dtype=np.int64)
+    out[:, 0], out[:, 1] = units, positions
+    if len(pairs) > 1 or (units[1:] <= units[:-1]).any():
+        out = out[np.lexsort((positions, units))]
     return out
 
 

@@ -21,9 +21,9 @@ from chase_fx.graphs.rules import (
     reshape,
     spatial,
 )
-from chase_fx.graphs.rules.base import Edge, Facts, LabelledOp, Labels, Refusal, Rule, Rules
+from chase_fx.graphs.rules.base import Facts, LabelledOp, Labels, Refusal, Rule, Rules, Tie
 
-__all__ = ["DEFAULT_RULES", "Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+__all__ = ["DEFAULT_RULES", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "Tie"]
 
 # rule -> names of the operators in torch.ops.aten, or in full those of a package that need not be there
 _TABLE: tuple[tuple[Rule, str], ...] = (

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from chase_fx.graphs.axes import Atom, Axis, Cat, Cause, Fixed, Picked, Places, Prod, atoms_of, resolve
+from chase_fx.graphs.axes import Atom, Axis, AxisName, Cat, Cause, Fixed, Picked, Places, Prod, atoms_of, resolve
 from chase_fx.graphs.constants import Constants
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
-__all__ = ["Edge", "Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules"]
+__all__ = ["Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "Tie"]
 
 Labels = tuple[Axis, ...]
 
@@ -26,12 +26,35 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Edge:
-    """Two axes that an operator ties."""
+class Tie:
+    """Two axes that an operator ties, as they were then: an axis of an activation names the tensor that produced it."""
 
-    a: tuple[str, int]
-    b: tuple[str, int]
+    a: Axis
+    b: Axis
     cause: Cause
+
+    def edges(self) -> list[tuple[AxisName, AxisName]]:
+        """Pairs of dims of tensors that this ties; only who looks at the graph needs them."""
+        left, right = dict.fromkeys(_owners(self.a)), dict.fromkeys(_owners(self.b))
+        if len(left) == len(right):
+            pairs = list(zip(left, right, strict=True))
+        else:
+            pairs = [(x, y) for x in left for y in right]
+        return [(x, y) for x, y in pairs if x != y]
+
+
+def _owners(axis: Axis) -> Iterator[AxisName]:
+    # Unresolved on purpose: the root of a group is the same for all of its members.
+    if isinstance(axis, Atom):
+        yield axis.owner
+    elif isinstance(axis, Cat):
+        for part in axis.parts:
+            yield from _owners(part)
+    elif isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from _owners(factor)
+    elif isinstance(axis, Picked):
+        yield from _owners(axis.base)
 
 
 @dataclass
@@ -59,7 +82,7 @@ class LabelledOp:
         op: TapedOp,
         axes: Axes,
         labels: Mapping[int, Labels],
-        edges: list[Edge],
+        ties: list[Tie],
         facts: Facts,
         *,
         constants: Constants | None = None,
@@ -70,7 +93,7 @@ class LabelledOp:
         self.facts = facts
         self.cause = Cause(op.node, str(op.op), op.source)
         self._labels = labels
-        self._edges = edges
+        self._ties = ties
 
     def __getitem__(self, slot: Slot) -> Labels:
         """The labels of an input, one axis per dim."""
@@ -101,7 +124,7 @@ class LabelledOp:
         """The two axes keep the same indices."""
         if a is b:
             return
-        self._connect(a, b)
+        self._ties.append(Tie(a, b, self.cause))
         self.axes.unify(a, b, self.cause)
 
     def multiply(self, a: Axis, b: Axis) -> None:
@@ -110,14 +133,6 @@ class LabelledOp:
             if isinstance(fixed, Fixed) and isinstance(other, Atom) and not other.weak:
                 self.axes.told_by_weights.add(fixed.cause)
         self.tie(a, b)
-
-    def _connect(self, a: Axis, b: Axis) -> None:
-        left, right = dict.fromkeys(_owners(a)), dict.fromkeys(_owners(b))
-        if len(left) == len(right):
-            pairs: Iterator[tuple[Any, Any]] | list[tuple[Any, Any]] = list(zip(left, right, strict=True))
-        else:
-            pairs = [(x, y) for x in left for y in right]
-        self._edges.extend(Edge(x, y, self.cause) for x, y in pairs if x != y)
 
     def freeze(self, axis: Axis, detail: str) -> None:
         """The axis keeps all of its indices."""
@@ -235,20 +250,6 @@ class LabelledOp:
 
     def _why(self, detail: str) -> Cause:
         return Cause(self.cause.node, self.cause.op, self.cause.source, detail)
-
-
-def _owners(axis: Axis) -> Iterator[tuple[str, int]]:
-    # Unresolved on purpose: the label of an activation names the tensor that produced it, not the root of its group.
-    if isinstance(axis, Atom):
-        yield axis.owner
-    elif isinstance(axis, Cat):
-        for part in axis.parts:
-            yield from _owners(part)
-    elif isinstance(axis, Prod):
-        for factor in axis.factors:
-            yield from _owners(factor)
-    elif isinstance(axis, Picked):
-        yield from _owners(axis.base)
 
 
 # Details of axes that are no channels and whose size the code tells, whatever goes in.
