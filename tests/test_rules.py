@@ -158,6 +158,17 @@ def test_groups_make_up_for_what_rounding_leaves() -> None:
     assert_exact(net, slim, (x,))
 
 
+def test_depthwise_says_nothing_of_groups() -> None:
+    """A depthwise convolution behind a grouped one leaves it to that one what its channels lose."""
+    net = Net(
+        lambda m, x: m.out(m.c(m.b(m.a(x)))),
+        a=conv(3, 24), b=conv(24, 32, groups=4), c=conv(32, 32, groups=32, kernel=3), out=conv(32, 2),
+    )  # fmt: skip
+    slim = chase_fx.prune(net, torch.randn(3, 3, 4, 4, dtype=torch.float64))
+    assert slim.get_parameter("b.weight").shape == (16, 3, 1, 1)
+    assert slim.get_parameter("c.weight").shape == (16, 1, 3, 3)
+
+
 def test_depthwise_goes_with_its_input() -> None:
     """A depthwise convolution loses the channels of the layer before it, and its groups follow."""
     net = Net(lambda m, x: m.out(m.b(m.a(x))), a=conv(3, 8), b=conv(8, 8, groups=8, kernel=3), out=conv(8, 2))

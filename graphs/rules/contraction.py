@@ -69,15 +69,17 @@ def grouped_output(op: LabelledOp, x_axis: Axis, w: Labels, groups: int, *, tran
         inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
         op.multiply(x_axis, inner)
         return outer
+    within = w[0].size // groups
     if transposed:
-        group, _ = op.split(w[0], groups, w[0].size // groups)
+        group, _ = op.split(w[0], groups, within)
         out: Axis = Prod((group, w[1]))
         op.tie(x_axis, w[0])
     else:
-        group, _ = op.split(w[0], groups, w[0].size // groups)
+        group, _ = op.split(w[0], groups, within)
         op.tie(x_axis, Prod((group, w[1])))
         out = w[0]
-    op.group(group)
+    if within > 1 and w[1].size > 1:  # else one side has nothing but the groups
+        op.group(group)
     op.facts.notes["groups"] = group
     return out
 
