@@ -60,7 +60,7 @@ class Arguments:
         self.device = device
         self.constants: dict[str, torch.Tensor] = {}
         self._modules = modules
-        parameters = parameters_in(modules)
+        self.parameters = parameters = parameters_in(modules)
         self.buffers = buffers_in(modules)  # as they were before the forward
         self.rebuilds: dict[str, Rebuild] = {}
         self.held: dict[str, tuple[Any, str]] = {}  # inputs by path that the graph compares by a text of their value

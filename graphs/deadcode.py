@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -11,6 +13,7 @@ from chase_fx.graphs.changed import PUTS
 from chase_fx.graphs.draws import DRAWS
 from chase_fx.graphs.guards import GUARDS
 from chase_fx.graphs.shadows import given_path
+from chase_fx.graphs.tape import Slot
 
 __all__ = ["has_effect", "remove_dead_nodes"]
 
@@ -30,11 +33,23 @@ def has_effect(node: Node, root: nn.Module) -> bool:
 
 
 def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
-    """Erase every node without users and without effect, last first, so that whole chains go; the erased ones."""
+    """Erase every node without users and without effect, last first, so that whole chains go; the erased ones.
+
+    A call that happens to write (a function that was told ``inplace=True``, an autograd function) has an effect if the
+    memory is read later, or outlives the forward.
+    """
     erased = []
+    read: set[int] = set()
     for node in reversed(list(graph.nodes)):
-        if not node.users and not has_effect(node, root):
+        shown = node.meta.get("writes") and any(s.kind != "value" or s.storage in read for s in _operands(node))
+        if node.users or shown or has_effect(node, root):
+            read.update(slot.storage for slot in _operands(node))
+        else:
             graph.erase_node(node)
             erased.append(node)
     remove_empty_regions(graph)
     return erased
+
+
+def _operands(node: Node) -> Iterator[Slot]:
+    return (given.meta["slot"] for given in node.all_input_nodes if isinstance(given.meta.get("slot"), Slot))

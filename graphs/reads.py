@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.assigned import Assigned, check_parameters, replaced_buffers, settle
 from chase_fx.graphs.decisions import Decisions
 from chase_fx.graphs.live import LiveInt, fix, plain
 from chase_fx.graphs.source import source_line
@@ -33,7 +36,9 @@ class Reads(Decisions):
 
     def __init__(self, root: nn.Module, device: torch.device | None, *, standins: StandIns | None) -> None:
         super().__init__(root, device, standins=standins)
-        self._tables: set[str] = set()  # buffers that this forward replaced
+        self._tables: set[str] = set()  # buffers that this forward replaced by tables
+        self._assigned: list[Assigned] = []
+        self._held: dict[str, torch.Tensor] = {}  # what it put in place of a buffer
 
     def _read_property(self, getter: Any, args: tuple[Any, ...]) -> Any:
         name = getattr(getattr(getter, "__self__", None), "__name__", "")
@@ -81,12 +86,16 @@ class Reads(Decisions):
     def _write_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had.
 
-        A table of another size, which the sizes of the inputs alone decide, is made again in every call instead.
+        That one stays as it is here, as it does in the model. A table of another size, which the sizes of the inputs
+        alone decide, is made again in every call instead.
         """
         owner = self._names.get(id(module))
         path = f"{owner}.{name}" if owner else name
         buffer = self.arguments.buffers.get(path)
-        if buffer is None or buffer is value:
+        if buffer is None:
+            return
+        self._held[path] = value
+        if buffer is value and not any(each.path == path for each in self._assigned):
             return
         with torch._C.DisableTorchFunction():
             fits = buffer.shape == value.shape and buffer.dtype == value.dtype
@@ -96,14 +105,41 @@ class Reads(Decisions):
             return
         if not fits or path in self._tables:
             raise CaptureError(f"the forward replaces the buffer '{path}' by another shape or type at {source_line()}")
+        paths = [other.rpartition(".") for other, held in self.arguments.buffers.items() if held is buffer]
+        if len(paths) > 1 and len({(id(dict(self.modules)[owner]), name) for owner, _, name in paths}) > 1:
+            raise CaptureError(
+                f"the forward replaces the buffer '{path}' at {source_line()}, and another name of it keeps the old "
+                "tensor; write to it instead"
+            )
         target = self.arguments.node_of(buffer)
         start = len(self.tape.ops)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            before = buffer.clone()
         with self._paused(), torch._C.DisableTorchFunction():
             buffer.copy_(value)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            buffer.copy_(before)
         source = self.graph.call_method("detach", (self.arguments.node_of(value),))
         source.meta.update(source="", slot=self.tape.slot_of(value))
         node = self.graph.call_method("copy_", (target, source))
         self._finish(node, buffer, (buffer, value), {}, start, in_place=True)
+        self.arguments.bind(buffer, target)  # whoever has the old tensor reads that
+        self._assigned.append(Assigned(path, self.tape.slot_of(buffer), source.meta["slot"], source, node))
+
+    def _check_state(self, modules: Iterable[nn.Module]) -> None:
+        """Write down what became of buffers of ``modules`` otherwise than by assignment; the forward is over."""
+        check_parameters(self.modules, self.arguments.parameters)
+        for module in modules:
+            for name, path, value in replaced_buffers(module, self._names[id(module)], self.arguments.buffers):
+                if self._held.get(path) is not value:
+                    self._write_buffer(module, name, value)
+
+    def finish(self, out: Any) -> None:
+        """Write the forward's result."""
+        end = next(iter(reversed(self.graph.nodes)))
+        super().finish(out)
+        if self._assigned:
+            settle(self.graph, self.tape, self._assigned, end)
 
     def _make_table(self, value: torch.Tensor, buffer: torch.Tensor) -> None:
         """From here on the forward has ``value`` in place of ``buffer``; what it was made from is another tensor."""

@@ -119,6 +119,7 @@ class Recorder(Inside):
                 self._active = True
                 yield
                 self.regions.check_closed()
+                self._check_state(hidden)
         finally:
             self._active = False
             for attributes, name, value in replaced:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from chase_fx.errors import CaptureError
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.autocast import Regions
 from chase_fx.graphs.calls import call_name
@@ -22,7 +23,7 @@ from chase_fx.graphs.provenance import from_data, view_sizes
 from chase_fx.graphs.results import result_to_fx
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
-from chase_fx.graphs.tape import Tape, TapeMode
+from chase_fx.graphs.tape import Tape, TapeMode, writes_outside, written_by
 from chase_fx.graphs.trees import map_tensors, tensors_in
 from chase_fx.graphs.walk import modules_of
 from chase_fx.graphs.whole import FunctionName, enclosing
@@ -91,7 +92,23 @@ class Recording(TorchFunctionMode):
         self.graph.output(result)
         if self._measures_at:
             self.arguments.guard_ranks(self._measures_at)
+        self._check_writes()
         self._active = False
+
+    def _check_writes(self) -> None:
+        """Refuse what the graph would not do: writes that the torch API does not show, to tensors that it does.
+
+        Raises:
+            CaptureError: there is one, such as inside a function that ``torch.vmap`` maps.
+        """
+        hidden = [op for op in self.tape.ops if not op.node and written_by(op.op)]
+        known = {node.meta["slot"].storage for node in self.graph.nodes if "slot" in node.meta} if hidden else set()
+        for op in hidden:
+            if any(slot.storage in known for slot in op.writes()):
+                raise CaptureError(
+                    f"the forward writes to a tensor where the torch API does not show it ({op.op}, as in a function "
+                    "that torch.vmap maps), so a graph would not; write to it outside of that"
+                )
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -138,6 +155,7 @@ class Recording(TorchFunctionMode):
         source = source_line()
         node.meta["source"] = source
         node.meta["in_place"] = in_place
+        node.meta["writes"] = writes_outside(self.tape.ops[start:])
         operands = list(tensors_in((args, kwargs)))
         if not in_place:
             given = {id(t) for t in operands}

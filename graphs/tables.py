@@ -28,7 +28,7 @@ def table_of_sizes(made: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:  #
 
 def told_by_sizes(node: Node, tape: Tape) -> bool:
     """Whether the sizes of the inputs alone decide a tensor: every call with such sizes makes the same one."""
-    writers = [other for other in node.graph.nodes if other.meta.get("in_place")]
+    writers = [other for other in node.graph.nodes if any(map(other.meta.get, ("in_place", "writes")))]
     seen, todo = {node}, [node]
     while todo:
         node = todo.pop()

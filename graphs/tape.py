@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from chase_fx.graphs.pickling import from_plain, to_plain
 if TYPE_CHECKING:
     from chase_fx.graphs.standins import StandIns
 
-__all__ = ["SizeRead", "Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in", "written_by"]
+__all__ = ["SizeRead", "Sizes", "Slot", "Tape", "TapeMode", "TapedOp", "slots_in", "writes_outside", "written_by"]
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +103,18 @@ def written_by(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that an operator writes to."""
     given = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in given if a.alias_info is not None and a.alias_info.is_write)
+
+
+def writes_outside(ops: Sequence[TapedOp]) -> bool:
+    """Whether one of the calls writes to memory that none of them made."""
+    if not any(written_by(op.op) for op in ops):
+        return False
+    made: set[int] = set()
+    for op in ops:
+        if any(slot.storage not in made for slot in op.writes()):
+            return True
+        made.update({slot.storage for slot in op.outs} - {slot.storage for slot in op.inputs()})
+    return False
 
 
 def slots_in(value: Any) -> Iterator[Slot]:

@@ -114,7 +114,7 @@ def _corrected(out: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 def _value_nodes(graph: Graph) -> set[Node]:
     """The nodes whose values the results depend on; a tensor that is only measured is not among them."""
     found: set[Node] = set()
-    stack = [n for n in graph.nodes if n.op == "output" or n.meta.get("in_place")]
+    stack = [n for n in graph.nodes if n.op == "output" or any(map(n.meta.get, ("in_place", "writes")))]
     while stack:
         node = stack.pop()
         if node in found:
