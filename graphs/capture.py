@@ -38,6 +38,7 @@ from chase_fx.graphs.recapture import Recapture, written
 from chase_fx.graphs.recorder import Recorder
 from chase_fx.graphs.remembered import Attributes, decides_by_memory, remade
 from chase_fx.graphs.traced import TracedModule, TraceInfo, decides_by_sizes
+from chase_fx.graphs.untouched import check_untouched, held_tensors
 from chase_fx.graphs.variants import Variants
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 from chase_fx.graphs.whole import Function, functions
@@ -92,6 +93,7 @@ def trace(
     check_model(model)
     arguments, keywords, bound = given(model, args, kwargs)
     device = check_devices(model, (arguments, keywords))
+    held = held_tensors(model)
     inputs = Inputs(bound, arguments, keywords, device, declared(leaves, model), functions(whole))
     meta = device is not None and device.type == "meta"
     graph, capture, recorder = both_ways(model, inputs, Way(training=False, fake=meta))
@@ -137,6 +139,7 @@ def trace(
             SpecializationWarning,
             stacklevel=4,  # past the decorators
         )
+    check_untouched(model, held, root)
     structure, aliases = _structure(root)
     info = TraceInfo(
         model=type(model).__name__,

@@ -3,7 +3,8 @@
 A model is copied by ``trace`` and again by ``rewrite``, and neither copy is written to in between. So tensors are
 copied on write (``torch._lazy_clone``): a copy takes no memory until one of the two is written to. Modules are
 walked directly, where ``copy.deepcopy`` goes through pickling's protocol for each of a module's dozen dicts. The result
-is what ``copy.deepcopy`` gives; whatever asks for a way of its own gets it.
+is what ``copy.deepcopy`` gives, but for functions inside (hooks) that hold a part of the model in their closure: theirs
+is the part of the copy. Whatever asks for a way of its own gets it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,86 @@ _HOOKS = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:
-    """What ``copy.deepcopy(value, memo)`` gives."""
+    """What ``copy.deepcopy(value, memo)`` gives, with functions that belong to the copy."""
+    given = dict(memo)
+    functions: dict[int, types.FunctionType] = {}
+    new = _copy(value, memo, functions)
+    bound = _Functions(memo)
+    of_copy = {key: bound.of(function) for key, function in functions.items() if bound.holds(function)}
+    if not of_copy:
+        return new
+    memo.clear()
+    memo.update({**given, **of_copy})
+    new = _copy(value, memo, {})
+    bound.fill(memo)
+    return new
+
+
+class _Functions:
+    """Functions of a copy, for those that hold a part of what is copied in their closures.
+
+    Args:
+        memo: what was copied, by identity.
+    """
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self._copied = set(memo)
+        self._made: dict[int, types.FunctionType] = {}
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
+
+    def holds(self, function: types.FunctionType, seen: frozenset[int] = frozenset()) -> bool:
+        """Whether it, or a function that it holds, does."""
+        return any(self._is_part(cell, seen | {id(function)}) for cell in function.__closure__ or ())
+
+    def _is_part(self, cell: types.CellType, seen: frozenset[int]) -> bool:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            return False
+        if isinstance(held, types.FunctionType):
+            return id(held) not in seen and self.holds(held, seen)
+        if isinstance(held, types.MethodType):
+            held = held.__self__
+        # A graph module takes over the state of another module, which functions still hold.
+        state = held.__dict__.get("_modules") if isinstance(held, nn.Module) else None
+        return type(held) not in _ATOMIC and (
+            id(held) in self._copied or (state is not None and id(state) in self._copied)
+        )
+
+    def of(self, function: types.FunctionType) -> types.FunctionType:
+        """That of the copy, whose closure is still empty."""
+        if id(function) not in self._made:
+            cells = tuple(self._cell(cell) for cell in function.__closure__ or ())
+            code, names, name = function.__code__, function.__globals__, function.__name__
+            made = types.FunctionType(code, names, name, function.__defaults__, cells)
+            made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+            made.__dict__.update(function.__dict__)
+            self._made[id(function)] = made
+        return self._made[id(function)]
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        if not self._is_part(cell, frozenset()):
+            return cell
+        return self._cells.setdefault(id(cell), (cell, types.CellType()))[1]
+
+    def fill(self, memo: dict[int, Any]) -> None:
+        """Put the parts of the copy into the closures."""
+        for old, new in list(self._cells.values()):
+            held = old.cell_contents
+            if isinstance(held, types.FunctionType):
+                new.cell_contents = self.of(held)
+            elif isinstance(held, types.MethodType):
+                new.cell_contents = types.MethodType(held.__func__, _copy(held.__self__, memo, {}))
+            else:
+                new.cell_contents = _copy(held, memo, {})
+
+
+def _copy(value: Any, memo: dict[int, Any], functions: dict[int, types.FunctionType]) -> Any:
+    """What ``copy.deepcopy(value, memo)`` gives; functions with a closure that it meets are noted."""
     cls = type(value)
+    if cls is types.FunctionType and value.__closure__:
+        functions[id(value)] = value
+        return memo.get(id(value), value)
     if cls in _ATOMIC:
         return value
     found = memo.get(id(value))
@@ -41,7 +120,11 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     if cls in _DICTS:
         new = memo[id(value)] = cls()
         for key, item in value.items():
-            new[duplicate(key, memo)] = duplicate(item, memo)
+            new[_copy(key, memo, functions)] = _copy(item, memo, functions)
+        return new
+    if cls is list:
+        new = memo[id(value)] = []
+        new.extend(_copy(item, memo, functions) for item in value)
         return new
     if (cls is tuple or cls is set) and all(type(item) in _ATOMIC for item in value):
         if cls is tuple:
@@ -56,22 +139,22 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         if type(state) is dict:
             memo.setdefault(id(memo), []).append(state)  # as deepcopy does: what is in the memo has to stay alive
             new = memo[id(value)] = object.__new__(cls)
-            new.__setstate__(_items(state, memo))
+            new.__setstate__(_items(state, memo, functions))
             return new
     return copy.deepcopy(value, memo)
 
 
-def _items(state: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+def _items(state: dict[str, Any], memo: dict[int, Any], functions: dict[int, types.FunctionType]) -> dict[str, Any]:
     """The attributes of a module. Most are flags and empty tables of hooks, which are not worth a call."""
     new = {}
     for name, item in state.items():
         cls = type(item)
-        if cls in _ATOMIC:
+        if cls in _ATOMIC and cls is not types.FunctionType:
             new[name] = item
         elif cls in _DICTS and not item and id(item) not in memo:
             new[name] = memo[id(item)] = cls()
         else:
-            new[name] = duplicate(item, memo)
+            new[name] = _copy(item, memo, functions)
     return new
 
 

@@ -17,7 +17,7 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import SEQUENCES
 
-__all__ = ["restore"]
+__all__ = ["restore", "tensors_of"]
 
 
 def restore(root: nn.Module, model: nn.Module | None, tape: Tape, constants: Mapping[str, torch.Tensor]) -> None:
@@ -51,14 +51,14 @@ def _memory(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
-def _tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
     """The tensors in an attribute, also those that an object in it has as attributes."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and not isinstance(value, (type, nn.Module)):
         inside = value if isinstance(value, (dict, *SEQUENCES)) else getattr(value, "__dict__", {})
         for item in inside.values() if isinstance(inside, dict) else inside:
-            yield from _tensors(item, depth - 1)
+            yield from tensors_of(item, depth - 1)
 
 
 def _original(tensor: torch.Tensor, root: nn.Module, model: nn.Module, line: str) -> torch.Tensor:
@@ -67,7 +67,7 @@ def _original(tensor: torch.Tensor, root: nn.Module, model: nn.Module, line: str
     for name, module in root.named_modules():
         for attribute, value in vars(module).items():
             held = vars(modules[name]).get(attribute) if name in modules else None
-            for own, before in zip(_tensors(value), _tensors(held), strict=False):
+            for own, before in zip(tensors_of(value), tensors_of(held), strict=False):
                 if own is tensor:
                     return before
     raise CaptureError(
