@@ -109,7 +109,8 @@ def trace(
         except CaptureError as e:  # the model itself can't train on these inputs, so the graph can't either
             train_error = str(e)
     precision = other_precision(root, casts=casts(graph)) if recorder.reads_dtype and not meta else None
-    follow = [] if precision is None else _followers(model, inputs, graph, precision, training=False)
+    follow = () if precision is None else _followers(model, inputs, graph, precision, training=False)
+    follows: tuple[tuple[Change, ...], ...] = (follow,)
     constants = dict(recorder.arguments.constants)
     captures = [capture]
     train_graph = None
@@ -128,6 +129,7 @@ def trace(
         if train_graph is not None:
             again = _followers(model, inputs, train_graph, precision, training=True)
             apply_changes(train_graph, again, root, precision[0])
+            follows = (follow, again)
     _complete(root, model, [recorder] if train is None else [train[2], recorder], constants)
     specialised = [*recorder.specialised, *(train[2].specialised if train is not None else ())]
     read = [*specialised, *recorder.decided, *(train[2].decided if train is not None else ())]
@@ -154,6 +156,7 @@ def trace(
         leaves=inputs.leaves,
         deciders=recorder.deciders,
         reads=recorder.reads,
+        follows=follows if any(r.reads_dtype for r in (recorder, *([] if train is None else [train[2]]))) else None,
         modes=modes_by_train(copy_of(model)) if has_own_train(model) else {},
     )
     return _built(root, (graph, train_graph), info, model, partial(trace, leaves=leaves, whole=whole))
@@ -166,12 +169,12 @@ def _built(
     model: nn.Module,
     again: Callable[..., TracedModule],
 ) -> TracedModule:
-    """The module, with the means to capture again where a graph refuses sizes."""
+    """The module, with the means to capture again where a graph refuses sizes or does not hold in another precision."""
     for graph, capture in zip(graphs, info.captures, strict=False):
         if graph is not None:
             tell_data_from_sizes(graph, capture.tape)
     traced = TracedModule.build(root, *graphs, info, info.model)
-    if any(map(decides_by_sizes, traced.graphs())):
+    if info.follows is not None or any(map(decides_by_sizes, traced.graphs())):
         traced.variants = Variants(Recapture(again, model), written(info, "parameter"))
     return traced
 
@@ -205,14 +208,14 @@ def _complete(
 
 def _followers(
     model: nn.Module, inputs: Inputs, graph: Graph, precision: tuple[torch.dtype, torch.dtype], *, training: bool
-) -> list[Change]:
+) -> tuple[Change, ...]:
     """The arguments in ``graph`` that follow the model's precision, found by a capture in another one.
 
     On meta tensors first, for that costs no arithmetic; on real ones if the forward depends on data or if torch casts,
     which it does not on meta tensors. Where neither works nothing is known, and nothing follows.
     """
     if not may_follow(graph, precision[0]):
-        return []
+        return ()
     root = copy_of(model)
     for device in (None,) if casts(graph) else (torch.device("meta"), None):
         with in_precision(root, *precision, device) as moved:
@@ -225,8 +228,8 @@ def _followers(
                     found = both_ways(root, there, Way(training=training))[0]
             except CaptureError:
                 continue
-        return compare(graph, found, *precision)
-    return []
+        return tuple(compare(graph, found, *precision) or ())
+    return ()
 
 
 def _structure(root: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

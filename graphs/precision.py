@@ -8,7 +8,7 @@ the Python of a forward and no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,14 +116,17 @@ def in_precision(
             home.update(tensors)
 
 
-def compare(graph: Graph, found: Graph, own: torch.dtype, other: torch.dtype) -> list[Change]:
+def compare(
+    graph: Graph, found: Graph, own: torch.dtype, other: torch.dtype, *, strict: bool = False
+) -> list[Change] | None:
     """What of ``graph``, captured in ``own`` precision, follows it; ``found`` is the same forward in the ``other`` one.
 
-    Where the two have different structures nothing is known, and nothing follows.
+    ``None`` where the two have different structures, and, if ``strict``, where a constant differs that was not made
+    from the precision in any way that is known.
     """
     ours, theirs = list(graph.nodes), list(found.nodes)
     if list(map(_call, ours)) != list(map(_call, theirs)):
-        return []
+        return None
     twin = dict(zip(ours, theirs, strict=True))
     changes: list[Change] = []
 
@@ -138,10 +141,15 @@ def compare(graph: Graph, found: Graph, own: torch.dtype, other: torch.dtype) ->
         make = _made(a, b, own, other)
         if make is not None:
             changes.append(Change(node.name, path, make))
-        return True
+        return make is not None or not strict or _same(a, b)
 
     alike = all(walk((a.args, a.kwargs), (b.args, b.kwargs), a, ()) for a, b in twin.items())
-    return changes if alike else []
+    return changes if alike else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two constants are one, whatever they are made of."""
+    return type(a) is type(b) and str(a) == str(b)
 
 
 def _call(node: Node) -> tuple[Any, ...]:
@@ -190,7 +198,7 @@ def _ways(value: Any, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 yield (limit_of, name, factor)
 
 
-def apply_changes(graph: Graph, changes: list[Change], root: nn.Module, own: torch.dtype) -> None:
+def apply_changes(graph: Graph, changes: Sequence[Change], root: nn.Module, own: torch.dtype) -> None:
     """Let the arguments in ``changes`` follow the dtype of the first parameter of ``root`` whose dtype is ``own``."""
     if not changes:
         return

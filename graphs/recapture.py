@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
-from chase_fx.errors import CaptureError
+from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.attempts import copy_of
+from chase_fx.graphs.autocast import casts
 from chase_fx.graphs.duplicate import copied, duplicate
 from chase_fx.graphs.modes import FLAG, TrainingFlag
 from chase_fx.graphs.opaque import Rebuild
+from chase_fx.graphs.precision import Change, compare, in_precision
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of, forward_of
 from chase_fx.graphs.variants import Variant
@@ -51,6 +53,32 @@ class Recapture:
         with added(module) as names:
             flag = move_in(module, traced)
         return variant_of(traced, traced.graphs(), flag, names)
+
+    def follows(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: torch.dtype, other: torch.dtype
+    ) -> tuple[tuple[Change, ...], ...] | None:
+        """What follows the precision in each graph between these two; None if graphs differ, or nothing can tell."""
+        graphs = [self._blank_graphs(args, kwargs, own, kind) for kind in (own, other)]
+        if graphs[0] is None or graphs[1] is None or len(graphs[0]) != len(graphs[1]):
+            return None
+        pairs = zip(graphs[0], graphs[1], strict=True)
+        found = [compare(ours, theirs, own, other, strict=True) for ours, theirs in pairs]
+        return None if any(changes is None for changes in found) else tuple(tuple(changes or ()) for changes in found)
+
+    def _blank_graphs(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: torch.dtype, kind: torch.dtype
+    ) -> list[Graph] | None:
+        """The graphs of the model in precision ``kind``, captured without values; None if it needs them.
+
+        On meta tensors torch does not cast by itself.
+        """
+        with warnings.catch_warnings(), in_precision(self._model, own, kind, torch.device("meta")) as moved:
+            warnings.simplefilter("ignore")
+            try:
+                graphs = self._trace(self._model, moved(args), moved(dict(kwargs))).graphs()
+            except ChaseError:
+                return None
+        return None if any(map(casts, graphs)) else graphs
 
     def capture(
         self, tensors: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

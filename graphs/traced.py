@@ -20,6 +20,7 @@ from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
 from chase_fx.graphs.pickling import FlatGraph, flatten, restore
+from chase_fx.graphs.precision import Change
 from chase_fx.graphs.recurrent import join_weights
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
@@ -70,6 +71,8 @@ class TraceInfo:
     # line that decides by a size -> the functions that it is in, innermost first, as (module, name)
     deciders: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     reads: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # the same for data read into Python
+    # arguments of each graph that follow the model's precision; None if no forward reads a tensor's
+    follows: tuple[tuple[Change, ...], ...] | None = None
     modes: dict[bool, Modes] = field(default_factory=dict)  # what the model's own train() and eval() do
     train_error: str | None = None  # why the forward could not be captured in train mode
     analyses: dict[Any, Any] = field(default_factory=dict)  # of this structure, by their options
@@ -120,7 +123,7 @@ class TracedModule(GraphModule):
         cls = type(self)
         error = self.info.train_error if self.info is not None else None
         cls.forward = _with_train_mode(cls.forward, self.train_graph, error, FLAG)
-        if any(map(decides_by_sizes, self.graphs())):
+        if (self.info is not None and self.info.follows is not None) or any(map(decides_by_sizes, self.graphs())):
             cls.forward = by_sizes(cls.forward)
         if any(map(casts, self.graphs())):
             cls.forward = _preserving(cls.forward)
@@ -134,12 +137,31 @@ class TracedModule(GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Graphs for other sizes belong to a precision, for a model may decide by it."""
-        before = [p.dtype for p in parameters_in(modules_of(self)).values()] if self.variants.others else []
+        """Graphs belong to a precision, for a model may decide by it."""
+        before = self._dtypes()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.variants.others and before != [p.dtype for p in parameters_in(modules_of(self)).values()]:
+        if before != self._dtypes():
             self.variants.forget(self)
+            self.variants.foreign = self._is_foreign()
         return self
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {name: p.dtype for name, p in parameters_in(modules_of(self)).items()}
+
+    def _is_foreign(self) -> bool:
+        """Whether the model might do something else in the precision that the module has now than its graphs do."""
+        info = self.info
+        if info is None or info.follows is None:
+            return False
+        slots = [slot for capture in info.captures for slot in capture.tape.slots if slot.kind == "parameter"]
+        now = self._dtypes()
+        moves = {(slot.dtype, now[slot.name]) for slot in slots if slot.name in now}
+        moves -= {(kind, kind) for kind, _ in moves}
+        if not moves:
+            return False
+        if len(moves) > 1 or self.variants.recapture is None:
+            return True
+        return self.variants.recapture.follows(info.args, info.kwargs, *moves.pop()) != info.follows
 
     def get_submodule(self, target: str) -> nn.Module:
         """The model's own submodule of that name."""

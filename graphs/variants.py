@@ -2,7 +2,8 @@
 
 A graph holds one way through the model's code, and its guards refuse inputs whose sizes lead another way. The module
 then captures the model once more, on those inputs, and keeps the new graph beside its own. All of them run on the same
-parameters, buffers and submodules.
+parameters, buffers and submodules. The same goes for a precision that the module is moved to, where the model decides
+by it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from chase_fx.errors import ChaseError, OtherSizeError
+from chase_fx.errors import ChaseError, OtherPathError, OtherSizeError
 from chase_fx.graphs.autocast import outside_autocast, preserved_autocast
 from chase_fx.graphs.draws import saved_generators
 from chase_fx.graphs.duplicate import copied
 from chase_fx.graphs.inference import normal_tensors
+from chase_fx.graphs.precision import Change
 from chase_fx.graphs.recording import Recording
 from chase_fx.graphs.trees import tensors_in
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
@@ -33,6 +35,7 @@ Forward = Callable[..., Any]
 # Graphs of one module besides its own, for a loop over a sequence makes one for each length; shapes that it remembers.
 _MOST = 64
 _SHAPES = 4096
+_FOREIGN = "in the precision that the module was moved to, the model may do something else than in that of its capture"
 _CAPTURING = threading.RLock()  # a capture patches what all threads share
 
 
@@ -65,7 +68,16 @@ class Key(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-Recapture = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Variant]
+class Recapture(Protocol):
+    """Captures the model of a module again."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """The graph for these inputs; raises ChaseError where there is none."""
+
+    def follows(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: torch.dtype, other: torch.dtype
+    ) -> tuple[tuple[Change, ...], ...] | None:
+        """What follows the precision in each graph of the dense model between two; None if the graphs differ."""
 
 
 @dataclass
@@ -73,19 +85,21 @@ class Variants:
     """The graphs of one module.
 
     Attributes:
-        recapture: makes another one for a module and its inputs; raises ChaseError where there is none.
+        recapture: makes another one for a module and its inputs.
         writes: the parameters that the module's own graph writes to.
+        foreign: whether the module is in a precision that its own graph does not hold for.
         others: the graphs besides the module's own.
         serving: by the mode, and the names, shapes, strides and types of the inputs, which one runs: 0 is the own one.
     """
 
     recapture: Recapture | None = None
     writes: frozenset[str] = frozenset()
+    foreign: bool = False
     others: list[Variant] = field(default_factory=list)
     serving: dict[Hashable, int] = field(default_factory=dict)
 
     def __copy__(self) -> Variants:
-        return Variants(self.recapture, self.writes, list(self.others), dict(self.serving))
+        return Variants(self.recapture, self.writes, self.foreign, list(self.others), dict(self.serving))
 
     def __reduce__(self) -> Any:
         """The means to make graphs again, if the model's class and the user's rules can be pickled."""
@@ -93,7 +107,19 @@ class Variants:
             packed = pickle.dumps(self.recapture)
         except Exception:  # noqa: BLE001  (a class says in its own way that it can't)
             packed = pickle.dumps(None)
-        return _unpacked, (packed, self.writes)
+        return _unpacked, (packed, self.writes, self.foreign)
+
+    def trusted(self, own: Forward) -> Forward:
+        """The module's own graph, where no other one can be captured: in a capture, a compilation, a transform.
+
+        Raises:
+            OtherPathError: it does not hold in the module's precision.
+        """
+        if self.foreign:
+            raise OtherPathError(
+                f"{_FOREIGN}; call it once on inputs of these sizes before it is compiled or transformed"
+            )
+        return own
 
     def names(self) -> set[str]:
         """The buffers and submodules of the module that only the other graphs need."""
@@ -111,9 +137,9 @@ class Variants:
         saved = _Saved(module, self.writes.union(*(variant.writes for variant in self.others)), (args, kwargs))
         # A checkpoint counts what is saved for the backward pass, also by a graph that is broken off.
         counted = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        refused: OtherSizeError | None = None
+        refused: OtherPathError | None = OtherPathError(_FOREIGN) if self.foreign else None
         for place, forward in enumerate((own, *(variant.forward for variant in self.others))):
-            if place and self.others[place - 1].dtypes != key.dtypes:
+            if self.others[place - 1].dtypes != key.dtypes if place else self.foreign:
                 continue
             try:
                 # a graph may be left inside a region of its own
@@ -142,7 +168,7 @@ class Variants:
             self.serving.clear()
         self.serving[key] = place
 
-    def _another(self, module: nn.Module, key: Key, args: Any, kwargs: Any, refused: OtherSizeError) -> Variant:
+    def _another(self, module: nn.Module, key: Key, args: Any, kwargs: Any, refused: OtherPathError) -> Variant:
         if self.recapture is None:
             raise refused
         if len(self.others) == _MOST:
@@ -151,19 +177,17 @@ class Variants:
             with outside_autocast(), normal_tensors():
                 found = self.recapture(module, args, kwargs)
         except ChaseError as e:
-            raise OtherSizeError(
-                f"{refused}. It could not be captured again for these sizes: {e}", refused.where
-            ) from e
+            raise type(refused)(f"{refused}. It could not be captured again: {e}", refused.where) from e
         found = replace(found, dtypes=key.dtypes)
         self.others.append(found)
         return found
 
 
-def _unpacked(packed: bytes, writes: frozenset[str]) -> Variants:
+def _unpacked(packed: bytes, writes: frozenset[str], foreign: bool) -> Variants:
     try:
-        return Variants(pickle.loads(packed), writes)  # noqa: S301  (a part of what is unpickled anyway)
+        return Variants(pickle.loads(packed), writes, foreign)  # noqa: S301  (a part of what is unpickled anyway)
     except Exception:  # noqa: BLE001  (whatever is not there: the model's class, a device)
-        return Variants(None, writes)
+        return Variants(None, writes, foreign)
 
 
 def by_sizes(own: Forward) -> Forward:
@@ -175,9 +199,9 @@ def by_sizes(own: Forward) -> Forward:
         if torch.compiler.is_compiling():  # known sizes only: a capture can't be compiled
             return _compiled(variants, own, self, args, kwargs)
         if any(isinstance(mode, Recording) for mode in torch.overrides._get_current_function_mode_stack()):
-            return own(self, *args, **kwargs)  # in a capture of what this module is a part of
+            return variants.trusted(own)(self, *args, **kwargs)  # in a capture of what this module is a part of
         if torch._C._len_torch_dispatch_stack():  # its tensors may have no sizes to remember
-            return own(self, *args, **kwargs)
+            return variants.trusted(own)(self, *args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         key = _key(self, tensors, kwargs)
         place = variants.serving.get(key)
@@ -186,7 +210,7 @@ def by_sizes(own: Forward) -> Forward:
         if place is not None:
             return variants.others[place - 1].forward(self, *args, **kwargs)
         if not all(map(_plain, tensors)) or _transformed():
-            return own(self, *args, **kwargs)
+            return variants.trusted(own)(self, *args, **kwargs)
         return variants.find(self, own, key, args, kwargs)
 
     return forward
@@ -204,7 +228,7 @@ def _compiled(variants: Variants, own: Forward, module: nn.Module, args: Any, kw
         for known, place in variants.serving.items():
             if place and key == known:
                 return variants.others[place - 1].forward(module, *args, **kwargs)
-    return own(module, *args, **kwargs)
+    return variants.trusted(own)(module, *args, **kwargs)
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from chase_fx.errors import PlanMismatchError
 from chase_fx.graphs.channels import ChannelGraph, analyze
 from chase_fx.graphs.outputs import select_outputs
 from chase_fx.graphs.plan import PruningPlan
+from chase_fx.graphs.precision import Change
 from chase_fx.graphs.recapture import Recapture, added, calls_of, move_in, state_of, variant_of
 from chase_fx.graphs.rules import DEFAULT_RULES
 from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
@@ -39,6 +40,12 @@ class SlimRecapture:
         self._rules = None if channels.rules is DEFAULT_RULES else channels.rules  # the default ones don't pickle
         every = channels.outputs == select_outputs(channels.info, None)
         self._outputs = None if every else channels.outputs
+
+    def follows(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: torch.dtype, other: torch.dtype
+    ) -> tuple[tuple[Change, ...], ...] | None:
+        """As of the dense model."""
+        return self._dense.follows(args, kwargs, own, other)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """The graph for these inputs.

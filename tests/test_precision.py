@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,3 +82,75 @@ def test_another_structure_follows_nothing() -> None:
     traced = chase_fx.trace(model, x)
     assert torch.equal(traced(x), model(x))
     assert "float32" in traced.code
+
+
+class Clamping(nn.Module):
+    """Decides by the precision, as models do that were trained in another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).float()
+        if self.b.weight.dtype in (torch.float16, torch.bfloat16):
+            y = y.clamp(-0.1, 0.1).to(self.b.weight.dtype)
+        return self.b(y)
+
+
+class Epsilon(nn.Module):
+    """A number that depends on the precision, in a way that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * (3.0 if x.dtype is torch.bfloat16 else 1.0))
+
+
+@pytest.mark.parametrize("cls", [Clamping, Epsilon])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_decisions_by_precision(cls: type[nn.Module], pickled: bool) -> None:
+    """Where the model does something else in the precision that it is moved to, it is captured again there."""
+    model, x = cls().eval(), torch.randn(5, 4)
+    traced = chase_fx.trace(model, x)
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    single = slim(x)
+    for module in (traced, slim):
+        module.bfloat16()
+    if pickled:
+        traced, slim = pickle.loads(pickle.dumps(traced)), pickle.loads(pickle.dumps(slim))
+    half = copy.deepcopy(model).bfloat16()
+    assert torch.equal(traced(x.bfloat16()), half(x.bfloat16()))
+    with torch.no_grad():
+        kept = slim.plan.kept_indices()
+        gone = [k for k in range(8) if k not in kept["a.weight"][0].tolist()]
+        for tensor in (half.a.weight, half.a.bias):
+            tensor[gone] = 0
+    assert torch.allclose(slim(x.bfloat16()), half(x.bfloat16()), rtol=0.02, atol=0.02)
+    assert torch.allclose(slim.float()(x), single, rtol=0.05, atol=0.05)
+
+
+def test_what_only_follows_the_precision_needs_no_other_graph() -> None:
+    """A graph whose constants follow the precision holds in each, also where it is compiled before the first call."""
+    x = torch.randn(2, 4)
+    traced = chase_fx.trace(Casting().eval(), x).double()
+    assert not traced.variants.foreign
+    assert all(torch.equal(a, b) for a, b in zip(traced(x.double()), Casting.forward(traced, x.double()), strict=True))
+    assert not traced.variants.others
+
+
+def test_another_precision_is_refused_where_nothing_can_be_captured() -> None:
+    """A compilation can't capture, and a model that is gone can't be captured: both say so."""
+    x = torch.randn(5, 4)
+    traced = chase_fx.trace(Clamping().eval(), x).bfloat16()
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="call it once"):
+        torch.compile(traced, fullgraph=True, backend="eager")(x.bfloat16())
+    expected = traced(x.bfloat16())
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(traced, fullgraph=True, backend="eager")(x.bfloat16()), expected)
+    traced.float().variants.recapture = None
+    with pytest.raises(chase_fx.errors.OtherPathError, match="in the precision that the module was moved to"):
+        traced.bfloat16()(x.bfloat16())
