@@ -34,6 +34,7 @@ _LIMITS = ("min", "max", "eps", "tiny", "resolution")
 _FACTORS = frozenset(
     {1.0, 2.0, 4.0, 8.0, 10.0, 100.0, 0.5, 0.25, 0.125, 0.1, 0.01}
 )  # multiples that a forward may take
+_LEAST = 1e-3  # the least share of the largest number that one may take
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _made(a: Any, b: Any, own: torch.dtype, other: torch.dtype) -> tuple[Any, ..
 
 
 def _ways(value: Any, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Every way to make a constant from a dtype: the dtype itself, its complex one, a round multiple of its limits."""
+    """Every way to make a constant from a dtype: the dtype itself, its complex one, a multiple of its limits."""
     if isinstance(value, torch.dtype):
         if value is dtype:
             yield ()
@@ -196,6 +197,8 @@ def _ways(value: Any, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             factor = value / limit_of(dtype, name, 1.0)
             if abs(factor) in _FACTORS:
                 yield (limit_of, name, factor)
+            elif name in ("min", "max") and _LEAST < abs(factor) < 1:  # so large that hardly anything else is meant
+                yield (limit_of, name, float(f"{factor:.12g}"))  # which rounding does not tell apart
 
 
 def apply_changes(graph: Graph, changes: Sequence[Change], root: nn.Module, own: torch.dtype) -> None:

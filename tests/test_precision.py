@@ -52,6 +52,31 @@ def test_precision_follows_the_module(captured: torch.dtype, train: bool) -> Non
     assert small[1].isfinite().all(), "half of the lowest single is out of reach of a smaller type"
 
 
+class Masking(nn.Module):
+    """Writes a share of the largest number to what is masked, beside a number that looks like one."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.a, self.b, self.share = nn.Linear(4, 8), nn.Linear(8, 3), share
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.b(self.a(x))
+        low = -self.share * torch.finfo(y.dtype).max
+        return y, torch.full_like(y, low), torch.full((2,), 1e37, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("share", [0.7, 1 / 3, 0.9, 0.002])
+def test_any_share_of_the_largest_number_follows(share: float) -> None:
+    """``-0.7 * torch.finfo(y.dtype).max`` is no constant: it was out of range in half precision."""
+    model, x = Masking(share).eval(), torch.randn(2, 4)
+    traced = chase_fx.trace(model, x)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
+        expected = copy.deepcopy(model).to(dtype)(x.to(dtype))
+        found = copy.deepcopy(traced).to(dtype)(x.to(dtype))
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+
+
 def test_compiles() -> None:
     """A graph whose constants follow its precision compiles as a whole."""
     x = torch.randn(2, 4)
