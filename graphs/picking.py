@@ -127,7 +127,6 @@ class Picking(Store, ABC):
                 piece = self._piece(first, len(classes), cause)
                 if isinstance(piece, Atom):
                     piece.carrier = any(atoms[k].carrier for k in members)
-                    piece.grouping = any(atoms[k].grouping for k in members)
                     piece.weak = all(atoms[k].weak for k in members)
             for k in members:
                 start = elements.starts[atoms[k]]

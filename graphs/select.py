@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["Score", "choose", "widths"]
 
 Score = str | Callable[["Group"], torch.Tensor]
+# For each atom, the other atoms of every product that it is a factor of.
+_Partners = Mapping[Atom, list[tuple[Atom, ...]]]
+
+# Whole groups of a convolution go, not channels within them, where that is nearer to what is asked for by more than:
+_NEARER = 0.05
 
 
 def choose(
@@ -61,47 +66,118 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
     up for what its rounding left: both at ``density`` would keep its square.
     """
     partners = _products(channels)
-    share: dict[Atom, float] = {}
-    counts: dict[str, int] = {}
-    order = sorted(channels.groups, key=_turn)
-    # Groups of a convolution have a second turn, when it is known how far the channels within them went.
-    for group in (*order, *(group for group in order if group.atom.grouping)):
-        contexts = partners.get(group.atom, [])
-        alone = len(contexts) == 0 or any(not others for others in contexts)
+    counts, *others = [
+        _by_turns(channels.groups, partners, density, round_to, narrow=narrow, whole=whole)
+        for narrow in (True, False)
+        for whole in ((True, False) if round_to > 1 else (True,))
+    ]
+    # Channels within groups can be too few to come near the density, where whole groups do.
+    for atoms in _connected(partners):
+        if any(map(_goes_last, atoms)):
+            best = _cost(atoms, partners, counts, density, round_to)
+            for other in others:
+                cost = _cost(atoms, partners, other, density, round_to)
+                if cost + _NEARER < best:
+                    best = cost
+                    counts.update({atom: other[atom] for atom in atoms})
+    return {group.name: counts[group.atom] for group in channels.groups}
+
+
+def _by_turns(
+    groups: Sequence[Group], partners: _Partners, density: float, round_to: int, *, narrow: bool, whole: bool
+) -> dict[Atom, int]:
+    """Every group in its turn; with ``narrow`` the groups of convolutions go only as far as what is in them can't.
+
+    A factor that is too narrow for ``round_to`` stays ``whole``, or else does its part and leaves the rest to others.
+    """
+    counts: dict[Atom, int] = {}
+
+    def share(atom: Atom) -> float:
+        return counts.get(atom, atom.size) / atom.size
+
+    def lowest(atom: Atom) -> float:
+        return share(atom) if atom in counts else max(atom.least, atom.multiple) / atom.size
+
+    order = sorted((group.atom for group in groups), key=lambda atom: _turn(atom, narrow=narrow))
+    last = [atom for atom in order if narrow and _goes_last(atom)]
+    # These have a second turn, when it is known how far the channels within them went.
+    for atom in (*order, *last):
+        contexts = partners.get(atom) or [()]
+        alone = () in contexts
         need = density if alone else 0.0
-        if group.atom.grouping and not alone:
-            need = min(density / math.prod(share.get(o, o.least / o.size) for o in others) for others in contexts)
+        if atom in last and not alone:
+            need = min(density / math.prod(map(lowest, others)) for others in contexts)
         for others in contexts:
-            need = max(need, density / math.prod(share.get(o, 1.0) for o in others))
-        need = min(need, 1.0)
-        keep = max(group.atom.least, min(group.size, math.floor(group.size * need + 0.5)))
-        multiple = round_to
-        for others in contexts:
-            multiple = round_to // math.gcd(round_to, math.prod(_kept(o, share) for o in others) or 1)
-        multiple = math.lcm(multiple, group.atom.multiple)
+            need = max(need, density / math.prod(map(share, others)))
+        ideal = atom.size * min(need, 1.0)
+        keep = max(atom.least, math.floor(ideal + 0.5))
+        multiple = atom.multiple
+        for others in _rounded(atom, contexts, round_to):
+            rest = math.prod(counts.get(o, o.size) for o in others) or 1
+            wanted = round_to // math.gcd(round_to, rest)
+            if not whole and wanted > atom.size:
+                wanted = max(d for d in range(1, atom.size + 1) if wanted % d == 0)
+            multiple = math.lcm(multiple, wanted)
         if multiple > 1:
-            least = max(1, math.ceil(group.atom.least / multiple))
-            keep = min(group.size, max(least, round(keep / multiple)) * multiple)
-        counts[group.name] = keep
-        share[group.atom] = keep / group.size
+            keep = max(math.ceil(atom.least / multiple), 1, round(ideal / multiple)) * multiple
+        counts[atom] = min(atom.size, keep)
     return counts
 
 
-def _turn(group: Group) -> tuple[bool, bool, bool, int]:
-    """When a group's turn is among the factors of a product: those with the lowest value give way first.
+def _turn(atom: Atom, *, narrow: bool) -> tuple[bool, bool, bool, int]:
+    """When an atom's turn is among the factors of a product: those with the lowest value give way first.
 
     Heads go whole. Groups of a convolution only go as far as the channels within them can't: with half of these, both
     sides are narrower and a quarter of the weights is left; half of the groups would leave half.
     """
-    atom = group.atom
-    return atom.weak, not atom.carrier, not atom.grouping, -group.size
+    whole = atom.carrier or (atom.grouping and not narrow)
+    return atom.weak, not whole, not atom.grouping, -atom.size
 
 
-def _kept(atom: Atom, share: dict[Atom, float]) -> int:
-    return round(atom.size * share.get(atom, 1.0))
+def _goes_last(atom: Atom) -> bool:
+    """Whether it is the groups of a convolution; heads go whole, also where they are its groups."""
+    return atom.grouping and not atom.carrier
 
 
-def _products(channels: ChannelGraph) -> dict[Atom, list[tuple[Atom, ...]]]:
+def _rounded(atom: Atom, contexts: Sequence[tuple[Atom, ...]], round_to: int) -> list[tuple[Atom, ...]]:
+    """The products whose width has to be a multiple of ``round_to``.
+
+    What has one index for each head, or for each channel within a narrow group, is no width.
+    """
+    alone = not any(contexts) or (atom.size >= round_to and not atom.carrier)
+    return [others for others in contexts if others or alone]
+
+
+def _connected(partners: _Partners) -> list[list[Atom]]:
+    """Atoms that are factors of one product, or of several that share a factor."""
+    found: dict[Atom, list[Atom]] = {}
+    for atom, contexts in partners.items():
+        for other in (atom, *(o for others in contexts for o in others)):
+            mine, its = found.setdefault(atom, [atom]), found.setdefault(other, [other])
+            if mine is not its:
+                mine.extend(its)
+                found.update(dict.fromkeys(its, mine))
+    return list({id(atoms): atoms for atoms in found.values()}.values())
+
+
+def _cost(
+    atoms: Sequence[Atom], partners: _Partners, counts: Mapping[Atom, int], density: float, round_to: int
+) -> float:
+    """How far axes of channels are from ``density``, in the mean, and how many of them are not rounded."""
+    total, axes = 0.0, 0
+    for atom in atoms:
+        within = not atom.grouping and any(o.grouping for others in partners[atom] for o in others)
+        for others in partners[atom]:
+            if within and not others:  # the channels within one group, as the weight has them
+                continue
+            factors = (atom, *others)
+            size, kept = math.prod(f.size for f in factors), math.prod(counts[f] for f in factors)
+            total += abs(kept / size - density) + (size >= round_to and kept < size and kept % round_to > 0)
+            axes += 1
+    return total / max(axes, 1)
+
+
+def _products(channels: ChannelGraph) -> _Partners:
     """For each atom, the other live atoms of every product that it is a factor of (empty: it also stands alone)."""
     found: dict[Atom, dict[tuple[Atom, ...], None]] = {}
 

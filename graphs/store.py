@@ -38,30 +38,39 @@ class Store:
 
     def _bind(self, atom: Atom, axis: Axis) -> None:
         bind(atom, axis)
+        if atom.grouping:
+            for piece in atoms_of(axis):
+                piece.grouping = True
         if atom.required is not None:
             self.require(axis, atom.required, atom.least, atom.multiple)
 
     def require(self, axis: Axis, cause: Cause, least: int = 1, multiple: int = 1) -> None:
         """At least ``least`` indices of ``axis`` stay, and a multiple of ``multiple`` of them; all, if it has no more.
 
-        The largest piece sees to it where one index of each is too few; every part of a concatenation and one factor
-        of a product sees to the multiple.
+        Of a concatenation the largest parts see to it where one index of each is too few, and every part to the
+        multiple: one that is none itself stays whole. Of a product those factors do that can for all, else each for
+        what it has.
         """
         axis = resolve(axis)
         if isinstance(axis, Atom):
             axis.least = max(axis.least, min(least, axis.size))
             axis.multiple = math.lcm(axis.multiple, multiple)
             axis.required = axis.required or cause
-            if max(axis.least, axis.multiple) >= axis.size:
+            if max(axis.least, axis.multiple) >= axis.size or axis.size % axis.multiple:
                 self.freeze(axis, cause)
         elif isinstance(axis, Picked):
             self.require(axis.base, cause, least, multiple)
         elif isinstance(axis, Prod):
-            self.require(max(axis.factors, key=lambda f: (f.size % multiple == 0, f.size)), cause, least, multiple)
+            for f in sorted(axis.factors, key=lambda f: (isinstance(f, Fixed), f.size % multiple == 0, f.size))[::-1]:
+                stay, shared = min(least, f.size), math.gcd(f.size, multiple)
+                self.require(f, cause, stay, shared)
+                least, multiple = math.ceil(least / stay), multiple // shared
         elif isinstance(axis, Cat):
-            largest = max(axis.parts, key=lambda p: p.size)
-            for part in axis.parts:
-                self.require(part, cause, max(least - len(axis.parts) + 1, 1) if part is largest else 1, multiple)
+            short = least - sum(part.size if isinstance(part, Fixed) else 1 for part in axis.parts)
+            for part in sorted(axis.parts, key=lambda p: -p.size):
+                more = 0 if isinstance(part, Fixed) else max(min(short, part.size - 1), 0)
+                self.require(part, cause, 1 + more, multiple)
+                short -= more
 
     def _give_up(self, axes: Sequence[Axis], cause: Cause, detail: str) -> None:
         reason = Cause(cause.node, cause.op, cause.source, detail)
@@ -73,5 +82,5 @@ class Store:
             return Fixed(1, Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty"))
         piece = self.atom(size, atom.owner)
         if isinstance(piece, Atom):
-            piece.carrier, piece.grouping, piece.weak = atom.carrier, atom.grouping, atom.weak
+            piece.carrier, piece.weak = atom.carrier, atom.weak
         return piece

@@ -47,7 +47,6 @@ class Axes(Picking):
 
     def _join(self, old: Atom, new: Atom) -> None:
         old.carrier = old.carrier or new.carrier
-        old.grouping = old.grouping or new.grouping
         old.weak = old.weak and new.weak
         self._bind(new, old)
 

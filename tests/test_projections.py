@@ -70,3 +70,37 @@ def test_fewer_are_projected_than_are_hidden(hidden: int, projected: int, layers
             assert rnn.get_parameter("weight_hr_l0").shape == (rnn.proj_size, rnn.hidden_size)
             assert 0 < rnn.proj_size < rnn.hidden_size
             assert round_to > 1 or rnn.proj_size < projected
+
+
+class Cells(nn.Module):
+    """The cell of a projected layer, in two halves or two factors."""
+
+    def __init__(self, hidden: int, projected: int, how: str) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, hidden, proj_size=projected, batch_first=True)
+        self.out, self.cell = nn.Linear(projected, 3), nn.Linear(hidden, 3)
+        self.how, self.scale = how, nn.Parameter(torch.randn(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, (_, (c,)) = self.rnn(x)
+        if self.how == "halves":
+            first, last = c.chunk(2, -1)
+            c = torch.cat([first.relu(), last], -1)
+        else:
+            c = (c.view(len(c), 2, -1) * self.scale).flatten(1)
+        return self.out(out).sum(1) + self.cell(c)
+
+
+@pytest.mark.parametrize("how", ["halves", "factors"])
+@pytest.mark.parametrize(("hidden", "projected"), [(8, 3), (8, 6), (8, 7), (4, 3), (12, 9)])
+def test_a_hidden_state_in_pieces_stays_wide_enough(hidden: int, projected: int, how: str) -> None:
+    """No single half and no single factor has as many units as have to stay: several see to it."""
+    net, x = randomise(Cells(hidden, projected, how)), torch.randn(2, 5, 4, dtype=torch.float64)
+    channels = chase_fx.analyze(chase_fx.trace(net, x))
+    least = {group.name: torch.arange(group.size) < group.least for group in channels.groups}
+    kept = channels.plan_keeping(least).kept_indices()["rnn.weight_hr_l0"][1]
+    assert kept is None or len(kept) > projected
+    for sparsity in (0.3, 0.5, 0.95):
+        slim = chase_fx.prune(net, x, channel_sparsity=sparsity)
+        rnn = slim.get_submodule("rnn")
+        assert 0 < rnn.proj_size < rnn.hidden_size

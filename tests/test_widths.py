@@ -103,3 +103,48 @@ def test_training_keeps_the_widths_that_rules_need(net: type[nn.Module], live_sh
         assert left % group.multiple == 0
         assert left < group.size
     assert slim(X).isfinite().all()
+
+
+class Rows(nn.Module):
+    """Multiplies rows of several pieces, or of two factors, with weights whose rows are a multiple of 16 bytes."""
+
+    def __init__(self, pieces: tuple[int, ...], given: int, factors: bool) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(6, n) for n in pieces)
+        self.given, self.scale = given, nn.Parameter(torch.randn(2, 1)) if factors else None
+        self.w, self.out = nn.Parameter(torch.randn(2, given + sum(pieces), 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([x[:, : self.given], *(part(x) for part in self.parts)], 1)
+        if self.scale is not None:
+            y = (y.view(len(y), 2, -1) * self.scale).flatten(1)
+        return self.out(F.grouped_mm(y, self.w, offs=torch.tensor([2, 6], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("pieces", "given", "factors", "free"),
+    [
+        ((6, 2), 0, False, ()),  # eight in sum, but neither is a multiple of four
+        ((6, 10, 8), 0, False, (2,)),
+        ((10,), 6, False, ()),  # six inputs stay
+        ((12,), 4, False, (0,)),
+        ((8,), 0, True, (0,)),
+        ((12,), 0, True, (0,)),  # two times six: the six by twos, and both of the two
+        ((24,), 0, True, (0,)),
+    ],
+)
+def test_rows_of_pieces_stay_aligned(
+    pieces: tuple[int, ...], given: int, factors: bool, free: tuple[int, ...], round_to: int
+) -> None:
+    """A piece whose width is no multiple stays whole; of a product each factor keeps what it has of it."""
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    torch.manual_seed(0)
+    module = chase_fx.trace(Rows(pieces, given, factors), torch.randn(6, 6))
+    channels = chase_fx.analyze(module)
+    touched = {member.tensor for group in channels.groups for member in group.members}
+    assert [i for i in range(len(pieces)) if f"parts.{i}.weight" in touched] == list(free)
+    for sparsity in (0.3, 0.6, 0.9):
+        slim = chase_fx.rewrite(module, channels.plan(sparsity, round_to=round_to))
+        chase_fx.verify(module, slim)
