@@ -66,20 +66,19 @@ def widths(channels: ChannelGraph, density: float, round_to: int = 1) -> dict[st
     up for what its rounding left: both at ``density`` would keep its square.
     """
     partners = _products(channels)
-    counts, *others = [
+    ways = [(narrow, whole) for narrow in (True, False) for whole in ((True, False) if round_to > 1 else (True,))]
+    found = [  # channels within groups can be too few to come near the density, where whole groups do
         _by_turns(channels.groups, partners, density, round_to, narrow=narrow, whole=whole)
-        for narrow in (True, False)
-        for whole in ((True, False) if round_to > 1 else (True,))
+        for narrow, whole in (ways if any(map(_goes_last, partners)) else ways[:1])
     ]
-    # Channels within groups can be too few to come near the density, where whole groups do.
-    for atoms in _connected(partners):
+    counts = dict(found[0])
+    for atoms in _connected(partners) if len(found) > 1 else ():
         if any(map(_goes_last, atoms)):
-            best = _cost(atoms, partners, counts, density, round_to)
-            for other in others:
-                cost = _cost(atoms, partners, other, density, round_to)
-                if cost + _NEARER < best:
-                    best = cost
-                    counts.update({atom: other[atom] for atom in atoms})
+            costs = [_cost(atoms, partners, other, density, round_to) for other in found]
+            best = 0
+            for k, cost in enumerate(costs):
+                best = k if cost + _NEARER < costs[best] else best
+            counts.update({atom: found[best][atom] for atom in atoms})
     return {group.name: counts[group.atom] for group in channels.groups}
 
 
@@ -155,6 +154,7 @@ def _connected(partners: _Partners) -> list[list[Atom]]:
         for other in (atom, *(o for others in contexts for o in others)):
             mine, its = found.setdefault(atom, [atom]), found.setdefault(other, [other])
             if mine is not its:
+                mine, its = (mine, its) if len(mine) >= len(its) else (its, mine)
                 mine.extend(its)
                 found.update(dict.fromkeys(its, mine))
     return list({id(atoms): atoms for atoms in found.values()}.values())
