@@ -118,8 +118,7 @@ def written(info: TraceInfo, kind: str) -> frozenset[str]:
     """The tensors of the model of one kind that a forward writes to, by a call that says so."""
     found: set[str] = set()
     for capture in info.captures:
-        ops = [op for op in capture.tape.ops if op.op._schema.is_mutable]
-        storages = {op.outs[0].storage for op in ops if op.outs}
+        storages = {slot.storage for op in capture.tape.ops for slot in op.writes()}
         found |= {str(s.name) for s in capture.tape.slots if s.kind == kind and s.storage in storages}
     return frozenset(found)
 

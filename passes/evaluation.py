@@ -8,14 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from chase_fx.graphs.recapture import written
+from chase_fx.graphs.traced import TracedModule
+
 __all__ = ["evaluated"]
 
 
 @contextmanager
 def evaluated(*roots: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; modes and the values of buffers are put back at its end."""
+    """Eval mode inside the block; modes and what forwards write to buffers and parameters are put back at its end."""
     modes = [{m: m.training for m in root.modules()} for root in roots]
-    buffers = {b: b.clone() for root in roots for b in root.buffers()}
+    state = {b: b.clone() for root in roots for b in root.buffers()}
+    state |= {p: p.detach().clone() for root in roots for p in _written(root)}
     for root in roots:
         root.eval()
     try:
@@ -25,5 +29,12 @@ def evaluated(*roots: nn.Module) -> Iterator[None]:
             for module, training in mode.items():
                 module.training = training
         with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+            for tensor, value in state.items():
+                tensor.copy_(value)
+
+
+def _written(root: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that a forward of ``root`` writes to."""
+    if isinstance(root, TracedModule) and root.info is not None:
+        names = written(root.info, "parameter")
+        yield from (p for name, p in root.named_parameters(remove_duplicate=False) if name in names)

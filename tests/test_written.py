@@ -242,3 +242,43 @@ def test_a_parameter_that_is_tied_in_the_forward_is_followed() -> None:
     net = _net(step)
     net.again = nn.Linear(8, 3).double()
     _same(net)
+
+
+def _of_parameters(m: Any, y: Tensor) -> None:
+    m.slow.weight.lerp_(m.last.weight, 0.1)
+    torch._foreach_mul_([m.slow.bias], 0.5)
+    y += F.linear(y, m.slow.weight, m.slow.bias).mean()
+
+
+def _with_slow(step: Callable[[Any, Tensor], Any]) -> Any:
+    net = _net(step)
+    net.slow = nn.Linear(8, 3).double().requires_grad_(False)
+    return net
+
+
+def test_verify_and_prune_leave_parameters_that_a_forward_writes() -> None:
+    """Moving averages of weights are what they were: verifying is no step of theirs."""
+    net, x = _with_slow(_of_parameters), torch.randn(2, 6, dtype=torch.float64)
+    traced = chase_fx.trace(net, x)
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    before = copy.deepcopy(slim.state_dict())
+    chase_fx.verify(traced, slim)
+    torch.testing.assert_close(dict(slim.state_dict()), dict(before), rtol=0, atol=0)
+    torch.testing.assert_close(dict(traced.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
+    pruned = chase_fx.prune(net, x, channel_sparsity=0.5)
+    torch.testing.assert_close(dict(pruned.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_parameters_that_an_operator_on_lists_wrote_are_put_back_where_a_graph_refuses_sizes() -> None:
+    """Another batch takes another way, which is found out behind the write: the write counts once."""
+
+    def step(m: Any, y: Tensor) -> None:
+        torch._foreach_mul_([m.slow.bias], 0.5)
+        y += m.slow.bias.mean() * (2 if len(y) > 3 else 3)
+
+    net = _with_slow(step)
+    traced = chase_fx.trace(net, torch.randn(2, 6, dtype=torch.float64)).eval()
+    for batch in (2, 5, 1, 4):
+        x = torch.randn(batch, 6, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), net(x))
+        torch.testing.assert_close(traced.get_parameter("slow.bias"), net.slow.bias)
