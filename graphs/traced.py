@@ -15,6 +15,7 @@ from torch.fx.graph_module import _forward_from_src
 from chase_fx.errors import ArgumentError, CaptureError
 from chase_fx.graphs.autocast import casts, preserved_autocast
 from chase_fx.graphs.branches import nested_code, python_code
+from chase_fx.graphs.duplicate import duplicate
 from chase_fx.graphs.expected import expect_order
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
@@ -183,7 +184,7 @@ class TracedModule(GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         root = nn.Module()
         for name in _MODULE_STATE:
-            root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+            root.__dict__[name] = duplicate(self.__dict__[name], memo)
         assert self.info is not None
         train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
         new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, type(self).__name__)

@@ -100,12 +100,15 @@ def test_functions_of_a_copy_work_on_the_copy(cls: type[Net]) -> None:
     traced(x).sum().backward()
     assert all(p.grad is not None for p in traced.parameters())
     assert not any(p.grad is not None for p in model.parameters())
+    again = copy.deepcopy(traced)
     found, small = traced(x), slim(x)
     _set(model, other)
     torch.testing.assert_close(found, model(x))
     _set(model, {name: torch.zeros_like(p) for name, p in other.items()})
     _set(traced, {name: torch.zeros_like(p) for name, p in other.items()})
     torch.testing.assert_close(small, slim(x))
+    torch.testing.assert_close(found, again(x))
+    assert again.float()(x.float()).dtype is torch.float32
 
 
 def test_functions_that_hold_nothing_of_the_model_are_shared() -> None:
