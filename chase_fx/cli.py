@@ -30,11 +30,11 @@ def main() -> None:
     """Run the command line.
 
     Exits with 0 on success, 1 when the work failed, and 2 when the command was called wrongly; a ``ChaseError`` is
-    printed as one message without a traceback.
+    printed as one message without a traceback, and so is a file that can't be read or written.
     """
     try:
         app()
-    except ChaseError as error:
+    except (ChaseError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
 

@@ -42,6 +42,8 @@ def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
             :func:`load`).
     """
     info, target = capture_of(slim), _file(path)
+    if target.exists() and not target.is_file():
+        raise ArgumentError(f"{target} is a device or a pipe, which a file would take the place of; name a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save to", str(target.parent))
     if slim.plan is None:
@@ -113,8 +115,11 @@ def load(
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: metadata is damaged ({type(e).__name__}: {e})") from e
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        raise ArgumentError("the model is on the meta device and can hold no values; give it memory with .to_empty()")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # one would swallow what is loaded
+        raise ArgumentError(
+            "the model is on the meta device, in part at least, and can hold no values there; give it memory with "
+            ".to_empty()"
+        )
     if args is None and kwargs is None:
         try:
             args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)

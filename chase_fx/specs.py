@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chase_fx.errors import ArgumentError
+from chase_fx.errors import ArgumentError, ChaseError
 
 __all__ = ["NamedModel", "load_spec", "parse_shape"]
 
@@ -40,6 +41,7 @@ def load_spec(spec: str, shapes: Sequence[tuple[int, ...]] = ()) -> NamedModel:
 
     Raises:
         ArgumentError: the spec has another form, the library or the name does not exist, or a shape is missing.
+        ChaseError: the factory, or the module that it is in, raised an exception, which is the cause.
     """
     library, colon, name = spec.partition(":")
     if not colon or not library or not name:
@@ -76,9 +78,12 @@ def _from_torchvision(name: str) -> tuple[nn.Module, tuple[tuple[int, ...], ...]
     try:
         from torchvision import models
     except ImportError as error:
-        raise ArgumentError('torchvision is not installed: pip install "chase-fx[vision]".') from error
+        raise ArgumentError("torchvision is not installed: pip install torchvision.") from error
     try:
-        model: nn.Module = models.get_model(name, weights=None)
+        # Detection and segmentation models fetch weights for their backbone, unless told otherwise.
+        builder = models.get_model_builder(name)
+        none = {key: None for key in inspect.signature(builder).parameters if key in ("weights", "weights_backbone")}
+        model: nn.Module = builder(**none)
     except ValueError as error:
         raise ArgumentError(
             f"torchvision has no model {name!r}; its names: {', '.join(models.list_models())}."
@@ -109,6 +114,8 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
         raise ArgumentError(
             f"cannot import {error.name!r} of {module_name}:{factory_name}. Expected {_FORMS}."
         ) from error
+    except Exception as error:  # somebody else's code
+        raise ChaseError(f"importing {module_name} raised {_said(error)}") from error
     factory = getattr(module, factory_name, None)
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ArgumentError(f"{module_name} has no callable {factory_name!r}: expected a factory of an nn.Module.")
@@ -121,7 +128,16 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
         ) from error
     except ValueError:  # a builtin without a signature
         pass
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:  # somebody else's code
+        raise ChaseError(f"{module_name}:{factory_name}() raised {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{module_name}:{factory_name}() returned a {type(model).__name__}, expected an nn.Module.")
     return model
+
+
+def _said(error: Exception) -> str:
+    """What somebody else's code raised, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"

@@ -92,6 +92,42 @@ def test_an_input_that_does_not_fit_the_model_is_one_message_and_exit_code_1(cal
     assert "Traceback" not in err
 
 
+def test_a_drawing_that_cannot_be_written_is_one_message(call, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "nowhere" / "graph.dot", tmp_path / "file" / "graph.dot"):
+        code, _, err = call("inspect", "chase_fx.models:resnet20", "--input-shape", "1,1,28,28", "--draw", str(place))
+        assert code == 1
+        assert err.startswith("error: ")
+        assert str(place) in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_code_that_raises_is_named_with_its_line(call, tmp_path, monkeypatch):
+    """The factory's exception is told with its place, and so is that of the module that it is in."""
+    (tmp_path / "raising_factory.py").write_text("def net():\n    raise KeyError('depth')\n")
+    (tmp_path / "raising_module.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
+    code, _, err = call("inspect", "raising_factory:net", "--input-shape", "1,3")
+    assert code == 1
+    assert err.startswith("error: raising_factory:net() raised KeyError: 'depth' (")
+    assert "raising_factory.py:2)" in err
+    code, _, err = call("inspect", "raising_module:net", "--input-shape", "1,3")
+    assert code == 1
+    assert err.startswith("error: importing raising_module raised ZeroDivisionError: division by zero (")
+
+
+def test_a_backbone_gets_no_weights(monkeypatch):
+    """Detection models of torchvision fetch weights for their backbone by default."""
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("nothing is downloaded")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    load_spec("torchvision:lraspp_mobilenet_v3_large")
+
+
 def test_an_error_is_printed_as_it_is_even_with_brackets(call, monkeypatch):
     def fail():
         raise ChaseError("[red] is no colour here")

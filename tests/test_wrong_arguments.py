@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
-from chase_fx.errors import ArgumentError, CaptureError
+from chase_fx.errors import ArgumentError, CaptureError, OptimizerMismatchError
 from chase_fx.specs import load_spec
 
 X = torch.ones(1, 4)
@@ -288,3 +289,43 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, m
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ArgumentError, match=message):
         load_spec(f"{home}:make", [(1, 4)])
+
+
+def test_a_device_is_no_file(tmp_path: Path) -> None:
+    """What is no plain file stays what it is: a rename would put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ArgumentError, match="pipe is a device or a pipe"):
+        chase_fx.save(chase_fx.prune(net(), X), pipe)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_load_into_a_model_without_memory(saved: Path) -> None:
+    """A tensor on the meta device would swallow what is loaded, be it one of many."""
+    model = net()
+    model[2].to("meta")
+    with pytest.raises(ArgumentError, match=r"meta device, in part at least.*to_empty"):
+        chase_fx.load(saved, model)
+
+
+def test_runs_saved_to_no_file(tmp_path: Path) -> None:
+    """Neither a folder nor what lies beside it is touched, and a missing folder is named."""
+    traced = chase_fx.trace(net(), X)
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+    trainer = chase_fx.Chase(traced, optimizer, total_steps=10, sparsity=0.5)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(ArgumentError, match="folder is a folder or a device; name a file"):
+        trainer.save(folder)
+    with pytest.raises(FileNotFoundError, match=r"no such folder to save to: .*nowhere'"):
+        trainer.save(tmp_path / "nowhere" / "run")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD, [0.1]])
+def test_no_optimizer(optimizer: Any) -> None:
+    """What is no optimizer is named."""
+    found = type(optimizer).__name__
+    with pytest.raises(OptimizerMismatchError, match=f"expected a torch.optim.Optimizer, found {found}"):
+        chase_fx.Chase(chase_fx.trace(net(), X), optimizer, total_steps=10, sparsity=0.5)

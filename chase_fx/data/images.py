@@ -99,7 +99,7 @@ def load_digits(*, validation: int = 0, reason: str = "asked for") -> Dataset:
     except ImportError as error:
         raise DataError(
             f"no image data: {reason} And scikit-learn, whose digits would stand in, is not installed: "
-            'pip install "chase-fx[data]".'
+            "pip install scikit-learn."
         ) from error
     images, classes = read(return_X_y=True)
     pixels = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16

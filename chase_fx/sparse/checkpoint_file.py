@@ -8,6 +8,7 @@ replaces the previous one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chase_fx.errors import CheckpointError
+from chase_fx.errors import ArgumentError, CheckpointError
 
 __all__ = ["FORMAT", "previous_of", "read", "write"]
 
@@ -40,6 +41,10 @@ def previous_of(path: str | os.PathLike[str]) -> Path:
 def write(path: str | os.PathLike[str], content: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write ``content`` (JSON) and ``tensors`` to ``path``; the file there becomes :func:`previous_of`."""
     target, text = Path(path), json.dumps(content, separators=(",", ":"))
+    if target.exists() and not target.is_file():
+        raise ArgumentError(f"{target} is a folder or a device; name a file to save the run to")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save to", str(target.parent))
     metadata = {"format": FORMAT, "content": text, "sha256": _checksum(text, tensors)}
     # One fixed name: what a killed process leaves behind is overwritten by the next one.
     temporary = target.with_name(target.name + ".tmp")

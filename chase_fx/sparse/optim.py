@@ -87,6 +87,16 @@ def held_parameters(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def require_optimizer(optimizer: object) -> None:
+    """Raise unless ``optimizer`` has what an optimizer has; wrappers of one do.
+
+    Raises:
+        OptimizerMismatchError: with what it is.
+    """
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        raise OptimizerMismatchError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+
+
 def require_held(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise unless the optimizer holds all of ``parameters``.
 

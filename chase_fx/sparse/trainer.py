@@ -24,7 +24,7 @@ from chase_fx.sparse.check import check_choice, check_count, check_order, check_
 from chase_fx.sparse.checkpoint import Stateful, save_run
 from chase_fx.sparse.empty_rows import require_empty_rows
 from chase_fx.sparse.masks import Choice, SparseWeights, maskable
-from chase_fx.sparse.optim import require_held, require_sliceable
+from chase_fx.sparse.optim import require_held, require_optimizer, require_sliceable
 from chase_fx.sparse.ranking import RANKINGS, Ranking
 from chase_fx.sparse.recipe import Counts, Recipe
 from chase_fx.sparse.restore import Restore
@@ -124,6 +124,7 @@ class SparseTrainer:
         check_choice("channel_ranking", channel_ranking, RANKINGS)
         until = channels_until if channels_until is not None else (0.5 if refill else 0.8)
         check_order("channels_from", channels_from, "channels_until", until)
+        require_optimizer(optimizer)
         module, ddp = distributed.unwrap(module)
         distributed.refuse_sharded(module)
         self._wrappers = [ddp] if ddp is not None else []
