@@ -41,7 +41,8 @@ def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
     erased = []
     read: set[int] = set()
     for node in reversed(list(graph.nodes)):
-        shown = node.meta.get("writes") and any(s.kind != "value" or s.storage in read for s in _operands(node))
+        writes = node.meta.get("writes")
+        shown = writes == "state" or (writes and any(slot.storage in read for slot in _operands(node)))
         if node.users or shown or has_effect(node, root):
             read.update(slot.storage for slot in _operands(node))
         else:

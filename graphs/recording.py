@@ -155,7 +155,9 @@ class Recording(TorchFunctionMode):
         source = source_line()
         node.meta["source"] = source
         node.meta["in_place"] = in_place
-        node.meta["writes"] = writes_outside(self.tape.ops[start:])
+        if written := {slot.storage for slot in writes_outside(self.tape.ops[start:])}:
+            state = any(slot.storage in written for slot in self.tape.slots if slot.kind != "value")
+            node.meta["writes"] = "state" if state else "values"
         operands = list(tensors_in((args, kwargs)))
         if not in_place:
             given = {id(t) for t in operands}

@@ -98,6 +98,16 @@ class TapedOp:
             yield from slots_in(self.arg(position, name))
 
 
+# In train mode they write to two arguments behind the weights, which their schemas don't say.
+_STATISTICS = frozenset(
+    {
+        torch.ops.aten.native_batch_norm.default,
+        torch.ops.aten.cudnn_batch_norm.default,
+        torch.ops.aten.miopen_batch_norm.default,
+    }
+)
+
+
 @functools.cache
 def written_by(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that an operator writes to."""
@@ -105,16 +115,18 @@ def written_by(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in given if a.alias_info is not None and a.alias_info.is_write)
 
 
-def writes_outside(ops: Sequence[TapedOp]) -> bool:
-    """Whether one of the calls writes to memory that none of them made."""
-    if not any(written_by(op.op) for op in ops):
-        return False
+def writes_outside(ops: Sequence[TapedOp]) -> list[Slot]:
+    """What the calls write to of memory that none of them made."""
+    if not any(written_by(op.op) or op.op in _STATISTICS for op in ops):
+        return []
+    found: list[Slot] = []
     made: set[int] = set()
     for op in ops:
-        if any(slot.storage not in made for slot in op.writes()):
-            return True
+        found += (slot for slot in op.writes() if slot.storage not in made)
+        if op.op in _STATISTICS and op.args[5]:
+            found += slots_in(op.args[3:5])
         made.update({slot.storage for slot in op.outs} - {slot.storage for slot in op.inputs()})
-    return False
+    return found
 
 
 def slots_in(value: Any) -> Iterator[Slot]:

@@ -41,6 +41,7 @@ class Net(nn.Module):
         self.relu, self.norm = nn.ReLU(inplace=True), nn.BatchNorm1d(8)
         self.register_buffer("state", torch.arange(8.0))
         self.register_buffer("other", torch.ones(8))
+        self.bounded = nn.Embedding(3, 8, max_norm=0.1)
 
     def forward(self, x: Tensor) -> Any:
         """x: (N, 6) -> (N, 3), or with whatever ``step`` gives."""
@@ -87,6 +88,21 @@ def test_writes_stay_though_nobody_uses_what_comes_back(name: str) -> None:
         WRITES[name](m, y)
 
     _same(_net(step))
+
+
+def test_writes_to_state_stay_though_nobody_uses_what_comes_back() -> None:
+    """Statistics of a batch, and weights that a lookup makes shorter, are written by calls that seem only to read."""
+
+    def step(m: Any, y: Tensor) -> None:
+        F.batch_norm(y, m.state, m.other, training=True)
+        m.bounded(torch.tensor([1, 2]))
+        y += m.bounded.weight[1] + m.state
+
+    model, x = _net(step), torch.randn(4, 6, dtype=torch.float64)
+    traced = chase_fx.trace(model, x)
+    for batch in (x, x[:2], torch.randn(5, 6, dtype=torch.float64)):
+        torch.testing.assert_close(traced(batch), model(batch))
+        torch.testing.assert_close(dict(traced.state_dict()), dict(model.state_dict()))
 
 
 def test_a_write_that_nobody_reads_keeps_no_layer() -> None:
