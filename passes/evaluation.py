@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,14 @@ from torch import nn
 from chase_fx.graphs.recapture import written
 from chase_fx.graphs.traced import TracedModule
 
-__all__ = ["evaluated"]
+__all__ = ["evaluated", "in_double"]
+
+
+def in_double(module: TracedModule) -> TracedModule:
+    """A copy with the same graph in double precision, whatever its model does there: the graph is what is judged."""
+    new = copy.deepcopy(module)
+    nn.Module._apply(new, lambda t: t.double() if t.is_floating_point() else t)
+    return new
 
 
 @contextmanager

@@ -7,7 +7,6 @@ gradients, as a user of the slim graph will.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -24,7 +23,7 @@ from chase_fx.graphs.modes import enter_mode
 from chase_fx.graphs.traced import TracedModule, capture_of
 from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
 from chase_fx.passes.differences import relative_difference
-from chase_fx.passes.evaluation import evaluated
+from chase_fx.passes.evaluation import evaluated, in_double
 
 __all__ = ["check_capture"]
 
@@ -81,7 +80,7 @@ def _settled(model: nn.Module, traced: TracedModule, inputs: Any, found: _Found)
         want = _run_copy(wide, doubled)
     except Exception:  # noqa: BLE001 - it makes tensors of a fixed type, say
         return found
-    return _worst(want, _run_graph(model, copy.deepcopy(traced).double(), doubled), _SETTLED)
+    return _worst(want, _run_graph(model, in_double(traced), doubled), _SETTLED)
 
 
 def _doubled(tensor: torch.Tensor) -> torch.Tensor:

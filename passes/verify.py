@@ -7,7 +7,6 @@ rounding, each node is compared on the reference's values. On failure the first 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from chase_fx.graphs.trees import map_tensors, named_tensors, tensors_in
 from chase_fx.passes.comparing import Comparing
 from chase_fx.passes.differences import relative_difference
 from chase_fx.passes.draws import ConstantDraws
-from chase_fx.passes.evaluation import evaluated
+from chase_fx.passes.evaluation import evaluated, in_double
 from chase_fx.passes.following import ways
 from chase_fx.passes.reference import MaskedReference, gather_kept
 from chase_fx.passes.rewrite import channels_for
@@ -112,7 +111,7 @@ def verify(traced: TracedModule, slim: TracedModule) -> VerificationReport:
         found = _compare(traced, slim, channels, masks, inputs, forced=forced, dtype=dtype, tolerance=_QUICK)
         if found[1] is None:
             return found
-        wide, wide_slim = copy.deepcopy(traced).double(), copy.deepcopy(slim).double()
+        wide, wide_slim = in_double(traced), in_double(slim)
         doubled = map_tensors(inputs, lambda t: alone(t, torch.float64) if t.is_floating_point() else t)
         return _settle(partial(_compare, wide, wide_slim, channels, masks, doubled, forced=forced))
 

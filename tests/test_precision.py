@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import chase_fx
+from chase_fx.passes.evaluation import in_double
 
 
 class Casting(nn.Module):
@@ -155,6 +156,22 @@ def test_decisions_by_precision(cls: type[nn.Module], pickled: bool) -> None:
             tensor[gone] = 0
     assert torch.allclose(slim(x.bfloat16()), half(x.bfloat16()), rtol=0.02, atol=0.02)
     assert torch.allclose(slim.float()(x), single, rtol=0.05, atol=0.05)
+
+
+def test_a_judged_graph_is_the_same_in_double_precision() -> None:
+    """Verification settles differences in double precision; another capture would be no judge of the first."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * (2.0 if self.a.weight.dtype is torch.float64 else 1.0)
+
+    model, x = Doubling(), torch.randn(5, 4)
+    wide = in_double(chase_fx.trace(model, x))
+    assert torch.equal(wide(x.double()) * 2, model.double()(x.double()))
 
 
 def test_what_only_follows_the_precision_needs_no_other_graph() -> None:
