@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
@@ -48,11 +49,28 @@ def theirs(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def seconds(run: Callable[[nn.Module, torch.Tensor], None], model: nn.Module, images: torch.Tensor) -> float:
-    """Wall time of one run on a fresh copy of the model."""
+    """Wall time of one run on a fresh copy of the model; what earlier runs left is collected before."""
     fresh = copy.deepcopy(model)
+    gc.collect()
     start = time.perf_counter()
     run(fresh, images)
     return time.perf_counter() - start
+
+
+def build(name: str) -> nn.Module:
+    """The model of torchvision, with random weights."""
+    return torchvision.models.get_model(name, weights=None).eval()
+
+
+def interleaved(
+    runs: dict[str, tuple[Callable[[nn.Module, torch.Tensor], None], nn.Module]], images: torch.Tensor, repetitions: int
+) -> dict[str, float]:
+    """Median wall time of each run, one after the other in every round; the first round only warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions + 1):
+        for name, (run, model) in runs.items():
+            times[name].append(seconds(run, model, images))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def exponent(times: list[float], depths: list[int]) -> float:
@@ -77,24 +95,19 @@ def main() -> None:
         peers = {"chase_fx": ours}
     images = torch.randn(1, 3, 224, 224)
     rows: dict[str, dict[str, float]] = {}
-    names = list(dict.fromkeys([*COMPARED, *(name for family in DEPTHS.values() for name, _ in family)]))
-    for name in names:
-        model = torchvision.models.get_model(name, weights=None).eval()
-        runs: dict[str, list[float]] = {peer: [] for peer in peers}
-        for _ in range(options.repetitions + 1):
-            for peer, run in peers.items():
-                if peer == "chase_fx" or name in COMPARED:
-                    runs[peer].append(seconds(run, model, images))
-        rows[name] = {peer: statistics.median(times[1:]) for peer, times in runs.items() if times}
+    for name in COMPARED:
+        rows[name] = interleaved({peer: (run, build(name)) for peer, run in peers.items()}, images, options.repetitions)
         both = rows[name].get("torch_pruning")
         ratio = f"  ratio {rows[name]['chase_fx'] / both:.2f}" if both else ""
         print(f"{name:20} " + "  ".join(f"{p} {t:.3f} s" for p, t in rows[name].items()) + ratio, flush=True)
-    slopes = {
-        family: exponent([rows[n]["chase_fx"] for n, _ in members], [d for _, d in members])
-        for family, members in DEPTHS.items()
-    }
-    for family, slope in slopes.items():
-        print(f"{family}: time grows with depth to the power {slope:.2f}")
+    growth: dict[str, dict[str, float]] = {}
+    slopes: dict[str, float] = {}
+    for family, members in DEPTHS.items():
+        times = interleaved({name: (ours, build(name)) for name, _ in members}, images, options.repetitions)
+        growth[family] = times
+        slopes[family] = exponent(list(times.values()), [depth for _, depth in members])
+        print(f"{family}: " + ", ".join(f"{name} {t:.3f} s" for name, t in times.items()))
+        print(f"{family}: time grows with depth to the power {slopes[family]:.2f}", flush=True)
     result = {
         "torch": torch.__version__,
         "threads": options.threads,
@@ -102,6 +115,7 @@ def main() -> None:
         "device": "cpu",
         "dtype": "float32",
         "seconds": rows,
+        "growth": growth,
         "exponents": slopes,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
