@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from chase_fx.checksum import checksum
 from chase_fx.errors import ArgumentError, CheckpointError
 from chase_fx.graphs.capture import trace
 from chase_fx.graphs.inputs import check_model
 from chase_fx.graphs.plan import PruningPlan
 from chase_fx.graphs.recurrent import join_weights
-from chase_fx.graphs.traced import TracedModule, capture_of
+from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
 from chase_fx.passes.rewrite import rewrite
 
 __all__ = ["load", "save"]
@@ -66,7 +67,9 @@ def save(slim: TracedModule, path: str | os.PathLike[str]) -> None:
         "inputs": json.dumps(spec),
         "aliases": json.dumps(aliases),
         "model": info.model,
+        "captured": json.dumps(_captured(info, tensors)),
     }
+    metadata["sha256"] = checksum(_text(metadata), tensors)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     os.close(handle)
     try:
@@ -108,11 +111,14 @@ def load(
         raise CheckpointError(f"{path} is no complete safetensors file: {e}") from e
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: expected format {_FORMAT}, found {metadata.get('format')!r}")
+    if checksum(_text(metadata), tensors) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} was changed after it was written: its checksum is another one")
     try:
         plan = PruningPlan.from_json(metadata["plan"])
         spec = json.loads(metadata["inputs"])
         aliases: dict[str, str] = json.loads(metadata["aliases"])
-    except (KeyError, ValueError) as e:
+        captured = {name: _dtype(kind) for name, kind in json.loads(metadata["captured"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path}: metadata is damaged ({type(e).__name__}: {e})") from e
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # one would swallow what is loaded
@@ -125,7 +131,7 @@ def load(
             args, kwargs = _restore(spec["args"], tensors, device), _restore(spec["kwargs"], tensors, device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise CheckpointError(f"{path}: the example inputs are damaged ({type(e).__name__}: {e})") from e
-        model = _in_precision_of(tensors, model)  # that of these inputs
+        model = _in_precision({n: t.dtype for n, t in tensors.items()} | captured, model)  # that of these inputs
     model = _with_indices_of(tensors, model)
     slim = rewrite(trace(model, () if args is None else args, kwargs), plan)
     state = {name: t for name, t in tensors.items() if not name.startswith(_INPUT)}
@@ -139,9 +145,10 @@ def load(
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
         _set_precision(slim, dtypes.pop())
-    slim = _in_precision_of({name: t for name, t in state.items() if t.is_complex()}, slim)
+    slim = _in_precision({name: t.dtype for name, t in state.items() if t.is_complex()}, slim)
     slim.load_state_dict(state)
     join_weights(slim)  # another precision is other memory
+    slim.moved()
     return slim
 
 
@@ -162,17 +169,36 @@ def _set_precision(slim: TracedModule, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _in_precision_of(stored: Mapping[str, torch.Tensor], model: _Model) -> _Model:
-    """``model``, or a copy of it if one of its tensors has another precision than the stored one of that name."""
+def _in_precision(dtypes: Mapping[str, torch.dtype], model: _Model) -> _Model:
+    """``model``, or a copy of it if one of its tensors has another precision than the one told for its name."""
     state = model.state_dict(keep_vars=True)
-    other = [n for n, t in state.items() if isinstance(t, torch.Tensor) and n in stored and t.dtype != stored[n].dtype]
+    other = [n for n, t in state.items() if isinstance(t, torch.Tensor) and n in dtypes and t.dtype != dtypes[n]]
     if not other:
         return model
     model = copy.deepcopy(model)
     state = model.state_dict(keep_vars=True)
     for name in other:
-        state[name].data = state[name].data.to(stored[name].dtype)
+        state[name].data = state[name].data.to(dtypes[name])
     return model
+
+
+def _captured(info: TraceInfo, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The precision that tensors had in the capture, as the example inputs have, where they were moved since."""
+    slots = [slot for capture in info.captures for slot in capture.tape.slots]
+    dtypes = {slot.name: slot.dtype for slot in slots if slot.kind in ("parameter", "buffer")}
+    moved = {name for name, tensor in tensors.items() if dtypes.get(name, tensor.dtype) != tensor.dtype}
+    return {name: str(dtypes[name]).removeprefix("torch.") for name in sorted(moved)}
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return found
+
+
+def _text(metadata: Mapping[str, str]) -> str:
+    return json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True)
 
 
 def _with_indices_of(stored: Mapping[str, torch.Tensor], model: _Model) -> _Model:
@@ -216,10 +242,7 @@ def _restore(spec: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
     kind = spec["t"]
     if kind == "tensor":
         generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, spec["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{spec['dtype']!r} is no dtype")
-        return torch.randn(spec["shape"], generator=generator).to(device, dtype)
+        return torch.randn(spec["shape"], generator=generator).to(device, _dtype(spec["dtype"]))
     if kind == "stored":
         return tensors[spec["name"]].to(device)
     if kind == "dict":

@@ -27,7 +27,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "outside_autocast",
-    "preserved_autocast",
+    "preserved_modes",
     "region_settings",
     "remove_empty_regions",
 ]
@@ -96,9 +96,13 @@ def _set(settings: Settings) -> None:
 
 
 @contextmanager
-def preserved_autocast(*, always: bool = False) -> Iterator[None]:
-    """Puts torch's state back if what runs inside is left within a region, by an exception; or however it is left."""
+def preserved_modes(*, always: bool = False) -> Iterator[None]:
+    """Puts torch's state back if what runs inside is left within a region, by an exception; or however it is left.
+
+    That is what it casts, and whether gradients are enabled.
+    """
     before = _states()
+    gradients = torch.is_grad_enabled()
     depth = _depth()
     finished = False
     try:
@@ -112,12 +116,13 @@ def preserved_autocast(*, always: bool = False) -> Iterator[None]:
                 torch.clear_autocast_cache()
             for settings in before:
                 _set(settings)
+            torch._C._set_grad_enabled(gradients)
 
 
 @contextmanager
 def outside_autocast() -> Iterator[None]:
     """No region inside the block."""
-    with preserved_autocast(always=True):
+    with preserved_modes(always=True):
         for kind in _KINDS:
             torch.set_autocast_enabled(kind, False)
         yield

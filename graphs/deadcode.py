@@ -11,6 +11,7 @@ from chase_fx.graphs.autocast import AUTOCAST, remove_empty_regions
 from chase_fx.graphs.branches import BRANCHES
 from chase_fx.graphs.changed import PUTS
 from chase_fx.graphs.draws import DRAWS
+from chase_fx.graphs.enabled import ENABLED, remove_idle_regions
 from chase_fx.graphs.guards import GUARDS
 from chase_fx.graphs.shadows import given_path
 from chase_fx.graphs.tape import Slot
@@ -29,7 +30,7 @@ def has_effect(node: Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(given_path(str(node.target)))
         return any(True for _ in module.buffers())
-    return any(node.target in kind for kind in (GUARDS, PUTS, DRAWS, BRANCHES, AUTOCAST))
+    return any(node.target in kind for kind in (GUARDS, PUTS, DRAWS, BRANCHES, AUTOCAST, ENABLED))
 
 
 def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
@@ -49,6 +50,7 @@ def remove_dead_nodes(graph: Graph, root: nn.Module) -> list[Node]:
             graph.erase_node(node)
             erased.append(node)
     remove_empty_regions(graph)
+    remove_idle_regions(graph)
     return erased
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from chase_fx.graphs.enabled import enter_enabled, exit_enabled
 from chase_fx.graphs.shadows import given_path
+from chase_fx.graphs.source import source_line
 from chase_fx.graphs.tape import Slot, Tape
 from chase_fx.graphs.trees import tensors_in
 
@@ -44,14 +46,27 @@ class Gradients:
         self._graph = graph
         self._nodes = nodes
         self._detached: dict[Node, Node] = {}
+        self._regions: list[Node | None] = []  # where those that are not over begin
         self._cut: set[int] = set()  # tensors that left an autograd function beside its result
         self._owners = _owners(self.trainable)
 
-    def enter_mode(self, *, enabled: bool) -> None:
-        """From here on the forward runs with gradients enabled or disabled."""
+    def enter_mode(self, *, enabled: bool, by: str) -> None:
+        """From here on the forward runs with gradients enabled or disabled, says the Python function named ``by``.
+
+        Only an end of a region that enables them has a node.
+        """
         self.off = not enabled
+        if by == "__enter__":
+            self._regions.append(self._mark(enter_enabled) if enabled else None)
+        elif by == "__exit__" and self._regions and (begun := self._regions.pop()) is not None:
+            self._mark(exit_enabled, begun)
         self._modes.append((len(self._tape.ops), self.off))
         self._detached = {}
+
+    def _mark(self, end: Callable[..., Any], *args: Node) -> Node:
+        node = self._graph.call_function(end, args)
+        node.meta["source"] = source_line()
+        return node
 
     @contextmanager
     def inside_function(self) -> Iterator[Callable[[Any], Any]]:

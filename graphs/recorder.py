@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.nn.modules.dropout import _DropoutNd
 from torch.random import get_rng_state, set_rng_state
 
-from chase_fx.graphs.autocast import Regions, preserved_autocast
+from chase_fx.graphs.autocast import Regions, preserved_modes
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import DATA_SIZED, call_name, is_in_place
 from chase_fx.graphs.copies import deep_copies
@@ -115,7 +115,7 @@ class Recorder(Inside):
         if self.standins is not None:
             self.standins.start(self.tape.slots)
         try:
-            with patched(patches), preserved_autocast(always=True), live_calls(self.code), self.tape_mode, self:
+            with patched(patches), preserved_modes(always=True), live_calls(self.code), self.tape_mode, self:
                 self._active = True
                 yield
                 self.regions.check_closed()
@@ -280,7 +280,8 @@ class Recorder(Inside):
             return self._write_property(func, args)
         if name == "_set_grad_enabled":
             if not self._inlined:
-                self.arguments.gradients.enter_mode(enabled=bool(args[0]))
+                by = sys._getframe(1).f_code.co_name
+                self.arguments.gradients.enter_mode(enabled=bool(args[0]), by=by)
             return func(*args, **kwargs)
         if func in _EXPANDED:
             return self._expand(func, args, kwargs)

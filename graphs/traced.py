@@ -13,9 +13,10 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _forward_from_src
 
 from chase_fx.errors import ArgumentError, CaptureError
-from chase_fx.graphs.autocast import casts, preserved_autocast
+from chase_fx.graphs.autocast import casts, preserved_modes
 from chase_fx.graphs.branches import nested_code, python_code
 from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.enabled import enables
 from chase_fx.graphs.expected import expect_order
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
@@ -126,7 +127,7 @@ class TracedModule(GraphModule):
         cls.forward = _with_train_mode(cls.forward, self.train_graph, error, FLAG)
         if (self.info is not None and self.info.follows is not None) or any(map(decides_by_sizes, self.graphs())):
             cls.forward = by_sizes(cls.forward)
-        if any(map(casts, self.graphs())):
+        if any(casts(graph) or enables(graph) for graph in self.graphs()):
             cls.forward = _preserving(cls.forward)
         return code
 
@@ -142,9 +143,13 @@ class TracedModule(GraphModule):
         before = self._dtypes()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before != self._dtypes():
-            self.variants.forget(self)
-            self.variants.foreign = self._is_foreign()
+            self.moved()
         return self
+
+    def moved(self) -> None:
+        """Find out which graphs hold in a precision that the parameters were moved to otherwise than by ``to``."""
+        self.variants.forget(self)
+        self.variants.foreign = self._is_foreign()
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         return {name: p.dtype for name, p in parameters_in(modules_of(self)).items()}
@@ -220,7 +225,7 @@ def decides_by_sizes(graph: Graph) -> bool:
 def forward_of(graphs: Sequence[Graph], train_error: str | None, flag: str) -> Forward:
     """The code of the graphs of one capture, the one in eval mode first; module ``flag`` tells which of two runs."""
     forward = _with_train_mode(_compile(graphs[0]), graphs[1] if len(graphs) > 1 else None, train_error, flag)
-    return _preserving(forward) if any(map(casts, graphs)) else forward
+    return _preserving(forward) if any(casts(graph) or enables(graph) for graph in graphs) else forward
 
 
 def _compile(graph: Graph) -> Forward:
@@ -241,7 +246,7 @@ def _preserving(run: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
-        with preserved_autocast():
+        with preserved_modes():
             return run(self, *args, **kwargs)
 
     return forward

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from chase_fx.errors import ChaseError, OtherPathError, OtherSizeError
-from chase_fx.graphs.autocast import outside_autocast, preserved_autocast
+from chase_fx.graphs.autocast import outside_autocast, preserved_modes
 from chase_fx.graphs.draws import saved_generators
 from chase_fx.graphs.duplicate import copied
 from chase_fx.graphs.inference import normal_tensors
@@ -143,7 +143,7 @@ class Variants:
                 continue
             try:
                 # a graph may be left inside a region of its own
-                with preserved_autocast(), torch.no_grad() if counted else nullcontext():
+                with preserved_modes(), torch.no_grad() if counted else nullcontext():
                     out = forward(module, *args, **kwargs)
             except OtherSizeError as e:
                 refused = refused or e.with_traceback(None)  # the frames hold every tensor of the forward

@@ -19,7 +19,7 @@ from torch.fx import Interpreter, Node
 
 from chase_fx.errors import ArgumentError, VerificationError
 from chase_fx.graphs.alone import alone
-from chase_fx.graphs.autocast import preserved_autocast
+from chase_fx.graphs.autocast import preserved_modes
 from chase_fx.graphs.axes import Atom
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.inference import normal_tensors
@@ -167,7 +167,7 @@ def _compare(
     try:
         # As in the capture: a view that is taken with gradients enabled makes another call.
         with (
-            evaluated(traced, slim), torch.enable_grad(), plain_kernels(traced), preserved_autocast(always=True),
+            evaluated(traced, slim), torch.enable_grad(), plain_kernels(traced), preserved_modes(always=True),
             ConstantDraws(),
         ):  # fmt: skip
             reference = MaskedReference(traced, channels, 0, masks, forced)

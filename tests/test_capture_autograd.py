@@ -186,7 +186,7 @@ def test_a_function_that_holds_on_to_the_model() -> None:
 def test_an_error_in_between_leaves_the_region_as_it_was() -> None:
     """A call that is written later may fail to be, and the capture go on."""
     asked = Gradients(Graph(), {}, {}, Tape([TapedOp(torch.ops.aten.relu.default, (), {}, ())]))
-    asked.enter_mode(enabled=False)
+    asked.enter_mode(enabled=False, by="__init__")
     with pytest.raises(ZeroDivisionError), asked.at(0):
         raise ZeroDivisionError
     assert asked.off

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import chase_fx
+from chase_fx.checksum import checksum
 from chase_fx.errors import (
     ArgumentError,
     CaptureError,
@@ -374,11 +378,27 @@ def test_truncated_file(saved: Path, size: int) -> None:
     ],
 )
 def test_tampered_file(saved: Path, old: bytes, new: bytes) -> None:
-    """A header that was changed in any part that we read is a CheckpointError."""
+    """A header that was changed in any part that we read is a CheckpointError, also with a new checksum."""
     data = saved.read_bytes()
     assert data.count(old) >= 1
     saved.write_bytes(data.replace(old, new, 1))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"changed after it was written|expected format"):
+        chase_fx.load(saved, net())
+    with safe_open(str(saved), framework="pt") as f:
+        metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no mapping)
+    del metadata["sha256"]
+    metadata["sha256"] = checksum(json.dumps(metadata, sort_keys=True), tensors)
+    save_file(tensors, str(saved), metadata)
+    with pytest.raises(CheckpointError, match=r"^(?!.*changed after it was written)"):
+        chase_fx.load(saved, net())
+
+
+def test_flipped_bit_of_a_weight(saved: Path) -> None:
+    """Weights that were damaged are noticed."""
+    data = bytearray(saved.read_bytes())
+    data[-5] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed after it was written"):
         chase_fx.load(saved, net())
 
 

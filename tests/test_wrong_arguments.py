@@ -250,6 +250,34 @@ def test_load_into_another_precision(saved: Path, dtype: torch.dtype) -> None:
     assert all(torch.equal(t, before[n]) and t.dtype is dtype for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_load_of_a_module_that_was_moved(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A slim module that was moved to another precision is loaded in that, with inputs in that of its capture."""
+    slim = chase_fx.prune(net(), X).to(dtype)
+    chase_fx.save(slim, tmp_path / "moved.safetensors")
+    for model in (net(), net().to(dtype)):
+        assert torch.equal(chase_fx.load(tmp_path / "moved.safetensors", model)(X.to(dtype)), slim(X.to(dtype)))
+
+
+def test_load_of_a_module_that_decides_by_precision(tmp_path: Path) -> None:
+    """What the model does in the precision of the file is what the loaded module does."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.b(self.a(x))
+            return y * 2 if x.dtype is torch.bfloat16 else y
+
+    x = torch.randn(3, 4)
+    slim = chase_fx.prune(Doubling(), x).bfloat16()
+    chase_fx.save(slim, tmp_path / "moved.safetensors")
+    loaded = chase_fx.load(tmp_path / "moved.safetensors", Doubling())
+    assert torch.equal(loaded(x.bfloat16()), slim(x.bfloat16()))
+
+
 def test_load_with_inputs_of_the_model(saved: Path) -> None:
     """Inputs that are given have the model's precision, the slim module that of its file."""
     assert chase_fx.load(saved, net().double(), X.double())(X).dtype is torch.float32

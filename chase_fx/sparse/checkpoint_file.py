@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chase_fx.checksum import checksum
 from chase_fx.errors import ArgumentError, CheckpointError
 
 __all__ = ["FORMAT", "previous_of", "read", "write"]
@@ -45,7 +44,7 @@ def write(path: str | os.PathLike[str], content: Any, tensors: Mapping[str, Tens
         raise ArgumentError(f"{target} is a folder or a device; name a file to save the run to")
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save to", str(target.parent))
-    metadata = {"format": FORMAT, "content": text, "sha256": _checksum(text, tensors)}
+    metadata = {"format": FORMAT, "content": text, "sha256": checksum(text, tensors)}
     # One fixed name: what a killed process leaves behind is overwritten by the next one.
     temporary = target.with_name(target.name + ".tmp")
     save_file(dict(tensors), str(temporary), metadata)
@@ -85,7 +84,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     except (SafetensorError, ValueError, OSError) as e:
         raise CheckpointError(f"{path} is no complete safetensors file, probably truncated: {e}") from e
     text, expected = metadata.get("content", ""), metadata.get("sha256")
-    found = _checksum(text, tensors)
+    found = checksum(text, tensors)
     if found != expected:
         msg = f"{path} was changed after it was written: expected checksum {expected}, found {found}"
         raise CheckpointError(msg)
@@ -107,15 +106,6 @@ def _keep(target: Path) -> None:
     with contextlib.suppress(OSError):  # a file system without hard links
         os.link(target, link)
     os.replace(link if link.exists() else target, previous)  # noqa: PTH105
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
