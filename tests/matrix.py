@@ -79,7 +79,8 @@ class Worker(threading.Thread):
         self.todo, self.done, self.timeout = todo, done, timeout
 
     def run(self) -> None:
-        while chunk := self._take(12):
+        # Smaller ones towards the end, so that no process is left alone with many.
+        while chunk := self._take(max(1, min(12, self.todo.qsize() // 8))):
             while chunk:
                 judged = self._process(chunk)
                 chunk = chunk[judged:]
