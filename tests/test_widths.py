@@ -60,8 +60,6 @@ def test_masks_that_keep_too_few() -> None:
 
 def test_masks_that_keep_no_multiple() -> None:
     """A width that an operator does not take is refused at once, not when it runs."""
-    if not hasattr(F, "grouped_mm"):
-        pytest.skip("this torch has no grouped_mm")
     module = traced(Experts)
     channels = chase_fx.analyze(module)
     assert {g.multiple for g in channels.groups} == {4}
@@ -74,8 +72,6 @@ def test_masks_that_keep_no_multiple() -> None:
 @pytest.mark.parametrize("net", [Spread, Experts])
 def test_training_keeps_the_widths_that_rules_need(net: type[nn.Module], live_shrink: bool) -> None:
     """Channels are removed down to what the groups need, and no further."""
-    if net is Experts and not hasattr(F, "grouped_mm"):
-        pytest.skip("this torch has no grouped_mm")
     module = traced(net)
     groups = {g.name: g for g in chase_fx.analyze(module).groups}
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
@@ -138,8 +134,6 @@ def test_rows_of_pieces_stay_aligned(
     pieces: tuple[int, ...], given: int, factors: bool, free: tuple[int, ...], round_to: int
 ) -> None:
     """A piece whose width is no multiple stays whole; of a product each factor keeps what it has of it."""
-    if not hasattr(F, "grouped_mm"):
-        pytest.skip("this torch has no grouped_mm")
     torch.manual_seed(0)
     module = chase_fx.trace(Rows(pieces, given, factors), torch.randn(6, 6))
     channels = chase_fx.analyze(module)
