@@ -12,6 +12,8 @@ import chase_fx
 from chase_fx.errors import OtherSizeError
 from tests.nets import Net, conv
 from tests.oracle import assert_exact, randomise
+from tests.random_nets.attention import Attention, Options
+from tests.random_nets.tokens import ClassToken, Merge, Recurrent
 
 
 def _untransposed(y: Tensor, *sizes: int) -> Tensor:
@@ -200,3 +202,33 @@ def test_a_number_that_cuts_space_into_pieces_keeps_the_channels() -> None:
         assert_exact(net, slim, (torch.randn(batch, 3, length, dtype=torch.float64),))
     with pytest.raises(OtherSizeError):
         slim(torch.randn(2, 3, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_bias_of_fixed_length_that_is_repeated_over_the_batch(batch: int) -> None:
+    """It keeps its heads beside a batch of one, too: its own length is not space that moved across them."""
+    options = Options("chunk", "bmm", 3, 2, 3, "interleave", "none", "table", "flatten")
+    torch.manual_seed(0)
+    after = ClassToken(6, end=False), Recurrent("GRU", 6, 4, both=False), nn.Linear(6, 2)
+    net = nn.Sequential(Merge(3, 6, view=False), Attention(6, 4, options), *after)
+    x, others = torch.randn(batch, 8, 3, dtype=torch.float64), torch.randn(3, 8, 3, dtype=torch.float64)
+    net = randomise(net, (x,))
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("1.table").shape == (7, 2)
+    assert_exact(net, slim, (others,))
+
+
+def test_rows_of_size_one_that_a_view_moves_across_channels() -> None:
+    """``(N, H, C, W)`` viewed as ``(N, C, H, W)`` moves nothing where H is one, but mixes channels elsewhere."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.out(m.b(y.transpose(1, 2).reshape(y.shape)))
+
+    torch.manual_seed(0)
+    x, higher = (torch.randn(2, 3, height, 4, dtype=torch.float64) for height in (1, 3))
+    net = randomise(Net(forward, a=conv(3, 16), b=conv(16, 16), out=conv(16, 2)), (x,))
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("b.weight").shape[:2] == (8, 16)
+    for inputs in ((x,), (higher,)):
+        assert_exact(net, slim, inputs)

@@ -96,8 +96,10 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
             return True
-    lead_in, tail_in = (sum(map(op.is_space, part)) for part in (before[: live_in[0]], before[live_in[-1] + 1 :]))
-    lead_out, tail_out = (sum(r == {True} for r in part) for part in (read[: live_out[0]], read[live_out[-1] + 1 :]))
+    ones = [axis.size == 1 and op.is_space(axis) for axis in before]  # larger dims show in the blocks
+    ones_read = [size == 1 and r == {True} for size, r in zip(op.out.shape, read, strict=True)]
+    lead_in, tail_in = sum(ones[: live_in[0]]), sum(ones[live_in[-1] + 1 :])
+    lead_out, tail_out = sum(ones_read[: live_out[0]]), sum(ones_read[live_out[-1] + 1 :])
     return lead_in > lead_out and tail_out > tail_in == 0
 
 
