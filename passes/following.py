@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.fx import Graph, Interpreter, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from chase_fx.graphs.branches import BEGINNINGS, follow, join, otherwise
 from chase_fx.graphs.traced import TracedModule
 
-__all__ = ["Following", "ways"]
+__all__ = ["Following", "plain", "ways"]
 
 
 def ways(graph: Graph) -> Iterator[dict[str, bool]]:
@@ -25,6 +26,17 @@ def ways(graph: Graph) -> Iterator[dict[str, bool]]:
             if node.target is follow:
                 yield from ({**around, node.name: taken} for taken in (True, False))
             around[node.name] = True
+
+
+def plain(value: Any) -> Any:
+    """Arguments of a node with the lists and dicts of the generated code, where the graph has immutable ones."""
+    if isinstance(value, immutable_dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, immutable_list):
+        return [plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(plain(item) for item in value)
+    return value
 
 
 class Following(Interpreter):
@@ -65,6 +77,11 @@ class Following(Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature)
         """One value for each placeholder, also for ``*args`` and ``**kwargs``."""
         return next(self.args_iter)
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Functions may ask what they are given, and write to it."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return plain(args), plain(kwargs)
 
     def run_node(self, n: Node) -> Any:
         """One node, if the way that it lies on was taken."""

@@ -30,7 +30,7 @@ from chase_fx.passes.comparing import Comparing
 from chase_fx.passes.differences import relative_difference
 from chase_fx.passes.draws import ConstantDraws
 from chase_fx.passes.evaluation import evaluated, in_double
-from chase_fx.passes.following import ways
+from chase_fx.passes.following import plain, ways
 from chase_fx.passes.reference import MaskedReference, gather_kept
 from chase_fx.passes.rewrite import channels_for
 
@@ -258,4 +258,4 @@ def _placed(interpreter: Interpreter, inputs: tuple[tuple[Any, ...], dict[str, A
         elif rest:
             yield rest.pop(0)
         else:
-            yield node.args[0]
+            yield plain(node.args[0])

@@ -154,3 +154,26 @@ def test_verify_keeps_no_value_longer_than_it_is_used() -> None:
     compared = Comparing(chase_fx.rewrite(traced, plan), wanted, {})
     compared.run(torch.randn(4, 8))
     assert set(wanted) <= {"output"}
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Their sum; the list is used up."""
+    assert type(parts) is list
+    while len(parts) > 1:
+        parts.append(parts.pop(0) + parts.pop(0))
+    return parts[0]
+
+
+def test_containers_are_those_of_the_code() -> None:
+    """Defaults that are lists or dicts, and lists that functions get, are not what a graph keeps them as."""
+
+    class Net(Between):
+        def forward(self, x: Tensor, more: dict = {}, steps: list = [1, {"k": 2}]) -> Tensor:  # type: ignore[type-arg]  # noqa: B006
+            y = self.last(self.first(x))
+            return joined([y * steps[0], y.relu(), *more.values()])
+
+    model = randomise(Net(nn.Identity()))
+    assert_exact(model, chase_fx.prune(model, rows()), (rows(),))
+    traced = chase_fx.trace(model, rows(), whole=[joined])
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(0.5))
+    assert chase_fx.verify(traced, slim).difference <= 1e-9
