@@ -38,13 +38,13 @@ def forwards(call: Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]) ->
 
 
 def _forward(cls: Any, original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def forward(*args: Any) -> Any:
         if cls.setup_context is not torch.autograd.Function.setup_context:
             return call(cls, original, args)
         context = args[0]  # made for the class that is applied, which may inherit this forward
         return call(getattr(type(context), "_forward_cls", cls), functools.partial(original, context), args[1:])
 
+    forward.__wrapped__ = original  # type: ignore[attr-defined]  # so that it has the original's signature
     return forward
 
 

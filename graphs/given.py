@@ -26,18 +26,31 @@ class Given:
     def __init__(self, modules: Modules) -> None:
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings = {id(m): (m, {k: _copy(v) for k, v in _own(m).items()}) for _, m in modules}
+        self._sizes = {id(m): _size(m) for _, m in modules}
 
     def still(self, module: nn.Module) -> bool:
         """Whether ``module`` has the tensors and settings that it had."""
-        settings = self._settings[id(module)][1]
+        return (self._is_untouched(module) or self._has_settings(module)) and (
+            _tensors(module) == self._tensors[id(module)]
+        )
+
+    def _is_untouched(self, module: nn.Module) -> bool:
+        """Whether its settings are the same objects: nearly always, so this is asked first."""
         found = module.__dict__
+        if _size(module) != self._sizes[id(module)]:
+            return False
+        # Its mode is taken away during a capture.
+        return all(
+            found.get(name, found) is value or (name == "training" and name not in found)
+            for name, value in self._settings[id(module)][1].items()
+        )
+
+    def _has_settings(self, module: nn.Module) -> bool:
+        settings, found = self._settings[id(module)][1], module.__dict__
         for name, value in found.items():
             if name not in _OF_MODULES and (name not in settings or not _same(value, settings[name])):
                 return False
-        # Its mode is taken away during a capture.
-        return all(name in found or name == "training" for name in settings) and (
-            _tensors(module) == self._tensors[id(module)]
-        )
+        return all(name in found or name == "training" for name in settings)
 
     def mode(self, module: nn.Module) -> bool | None:
         """The mode that ``module`` had; none if it is not one of these."""
@@ -54,6 +67,11 @@ class Given:
 
 def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
+
+
+def _size(module: nn.Module) -> int:
+    """How many attributes it has besides its mode."""
+    return len(module.__dict__) - ("training" in module.__dict__)
 
 
 def _tensors(module: nn.Module) -> list[int]:

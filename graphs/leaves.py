@@ -112,7 +112,7 @@ def is_leaf(module: nn.Module, named: Leaves = MappingProxyType({})) -> bool:
     """Whether ``module`` becomes one ``call_module`` node; classes in ``named`` do, whatever they are."""
     if type(module) in named:
         return True
-    if any(t is None or not isinstance(t, nn.Parameter) for t in _own_weights(module)):
+    if not _has_plain_weight(module):
         return False
     if isinstance(module, _BatchNorm):
         return True
@@ -133,12 +133,12 @@ def is_leaf(module: nn.Module, named: Leaves = MappingProxyType({})) -> bool:
     )
 
 
-def _own_weights(module: nn.Module) -> list[object]:
+def _has_plain_weight(module: nn.Module) -> bool:
     # A parametrised weight is a property of the class, no entry of _parameters: such a module is inlined.
     if "parametrizations" in module._modules:
-        return [None]
+        return False
     weight = module.__dict__.get("weight")  # old-style weight_norm sets a plain tensor
-    return [] if weight is None else [weight]
+    return weight is None or isinstance(weight, nn.Parameter)
 
 
 def may_be_leaf(module: nn.Module) -> bool:

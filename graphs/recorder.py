@@ -203,8 +203,7 @@ class Recorder(Inside):
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
-        stays = self._given.still(module)
-        if is_leaf(module, self.leaves) and stays:
+        if is_leaf(module, self.leaves) and self._given.still(module):
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
             own = self.draws_itself() if type(module) in self.leaves else nullcontext()
@@ -212,7 +211,8 @@ class Recorder(Inside):
                 out, start = self._run_leaf(module, original, args, kwargs, self._given.mode(module))
             by_mode = type(module) in self.leaves or isinstance(module, (_DropoutNd, nn.RReLU))
             return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=by_mode)
-        if may_be_leaf(module) and stays and len(args) >= 1 and isinstance(args[0], torch.Tensor):
+        given_tensor = len(args) >= 1 and isinstance(args[0], torch.Tensor)
+        if given_tensor and may_be_leaf(module) and self._given.still(module):
             self._leaf_reads_training = False
             rng = get_rng_state()
             mark = len(self.tape.ops)

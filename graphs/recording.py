@@ -156,8 +156,7 @@ class Recording(TorchFunctionMode):
         node.meta["source"] = source
         node.meta["in_place"] = in_place
         if written := {slot.storage for slot in writes_outside(self.tape.ops[start:])}:
-            state = any(slot.storage in written for slot in self.tape.slots if slot.kind != "value")
-            node.meta["writes"] = "state" if state else "values"
+            node.meta["writes"] = "values" if self.tape.given.isdisjoint(written) else "state"
         operands = list(tensors_in((args, kwargs)))
         if not in_place:
             given = {id(t) for t in operands}

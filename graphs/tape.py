@@ -160,10 +160,15 @@ _RESHAPING = frozenset(
 
 @dataclass
 class Tape:
-    """Calls in order, and the slot of every tensor seen. Tensors are held so that their identities stay unique."""
+    """Calls in order, and the slot of every tensor seen. Tensors are held so that their identities stay unique.
+
+    Attributes:
+        given: the memory of what the forward did not make: inputs, parameters, buffers, constants.
+    """
 
     ops: list[TapedOp] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)
     regions: list[tuple[int, Any]] = field(default_factory=lambda: [(0, ())])  # of autocast: from which call on
     _by_id: dict[int, Slot] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)
@@ -207,6 +212,8 @@ class Tape:
         stride = tensor.stride() if tensor.layout is torch.strided else None
         slot = Slot(len(self.slots), tuple(map(int, tensor.shape)), tensor.dtype, kind, name, _storage(tensor), stride)
         self.slots.append(slot)
+        if kind != "value":
+            self.given.add(slot.storage)
         self._by_id[id(tensor)] = slot
         self._alive.append(tensor)
         return slot
