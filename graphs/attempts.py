@@ -21,6 +21,7 @@ from chase_fx.graphs.branches import follow
 from chase_fx.graphs.deadcode import remove_dead_nodes
 from chase_fx.graphs.draws import restored_generators
 from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.hooks import HookedError
 from chase_fx.graphs.inputs import Blank, add_inputs, faked, shapes
 from chase_fx.graphs.kernels import plain_kernels
 from chase_fx.graphs.leaves import Leaves
@@ -76,6 +77,7 @@ class Way:
         values: contractions are computed, however large; without data, all tensors are fake.
         outcomes: how decisions are to go.
         ambient: inside a region of autocast.
+        apart: modules with hooks are taken apart.
     """
 
     training: bool
@@ -86,6 +88,7 @@ class Way:
     values: bool = False
     outcomes: Outcomes = field(default_factory=Outcomes)
     ambient: bool = False
+    apart: bool = False
 
 
 @contextmanager
@@ -134,6 +137,8 @@ def record(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
             return _once(model, inputs, way)
         except HashedError:  # from here on caches are watched
             way = replace(way, may_hash=True)
+        except HookedError:
+            way = replace(way, apart=True)
         except (ValuesNeeded, Exception) as e:
             if isinstance(e, DeadPlaceError):
                 way = replace(way, dead=way.dead | {e.place})
@@ -153,8 +158,13 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     enter_mode(root, training=way.training)
     standins = None if way.values else StandIns(zeros, hollow=way.fake)
     recorder = Recorder(root, device, inputs.leaves, inputs.whole, standins=standins)
-    recorder.unroll, recorder.may_hash, recorder.loops = way.unroll, way.may_hash, Loops(way.dead)
-    recorder.arguments.model, recorder.outcomes, recorder.training = model, way.outcomes, way.training
+    recorder.unroll, recorder.may_hash, recorder.given.apart = way.unroll, way.may_hash, way.apart
+    recorder.arguments.model, recorder.loops, recorder.outcomes, recorder.training = (
+        model,
+        Loops(way.dead),
+        way.outcomes,
+        way.training,
+    )
     trainable = [p for p in parameters_in(recorder.modules).values() if p.requires_grad]
     owned = [(m, name, b) for _, m in recorder.modules for name, b in m._buffers.items() if b is not None]
     buffers = [(m, name, b, b if way.fake else b.clone()) for m, name, b in owned]

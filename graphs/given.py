@@ -3,15 +3,18 @@
 A leaf of the graph runs with the settings and tensors that the module has then. A forward that changes them between
 calls (``self.drop.p = 0.5``, ``self.pool.kernel_size = x.shape[2:]``, ``self.bn.eval()``, weights swapped by
 ``functional_call``) means what they are at each call, so such a call is taken apart: the graph holds what it computes.
+So is a call of a module with hooks that keep something for the forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from chase_fx.graphs.hooks import HookedError, keeping
 from chase_fx.graphs.live import Watchful, is_live, plain
 from chase_fx.graphs.walk import Modules
 
@@ -21,12 +24,31 @@ _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Given:
-    """Settings and tensors of ``modules``, as they are now."""
+    """Settings and tensors of ``modules``, as they are now.
 
-    def __init__(self, modules: Modules) -> None:
+    Args:
+        functions: those that the forward may call.
+
+    Attributes:
+        apart: whether all modules with hooks are taken apart.
+    """
+
+    def __init__(self, modules: Modules, functions: Iterable[types.FunctionType]) -> None:
+        self.apart = False
+        self._keeping = keeping((m for _, m in modules), functions)
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings = {id(m): (m, {k: _copy(v) for k, v in _own(m).items()}) for _, m in modules}
         self._sizes = {id(m): _size(m) for _, m in modules}
+
+    def stays(self, module: nn.Module) -> bool:
+        """Whether the graph may call ``module`` as it is."""
+        hooked = id(module) in self._keeping or (self.apart and bool(module._forward_hooks))
+        return not hooked and self.still(module)
+
+    def check_hooks(self, module: nn.Module) -> None:
+        """Raises :class:`HookedError` where the hooks of ``module``, which ran unseen, changed it."""
+        if module._forward_hooks and not self.still(module):
+            raise HookedError
 
     def still(self, module: nn.Module) -> bool:
         """Whether ``module`` has the tensors and settings that it had."""

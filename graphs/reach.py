@@ -19,12 +19,12 @@ from torch import nn
 
 from chase_fx.graphs.walk import modules_of
 
-__all__ = ["Code", "attribute_homes", "codes_in", "is_own", "reachable_code"]
+__all__ = ["REGISTRY", "Code", "attribute_homes", "codes_in", "is_own", "reachable_code"]
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "chase_fx"}) - {"__main__"}
 _PRIMITIVE = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
 _DATA = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set})  # most of a module's attributes
-_REGISTRY = 500  # larger containers are data, no tables of functions
+REGISTRY = 500  # larger containers are data, no tables of functions
 _REMEMBERED = 64  # models
 
 
@@ -66,6 +66,9 @@ def reachable_code(root: nn.Module) -> Code:
 def _starts(value: Any, seen: set[int]) -> Iterator[Any]:
     """The class of an object, and the functions and classes that it holds."""
     yield type(value)
+    if isinstance(value, nn.Module):
+        for hook in (*value._forward_hooks.values(), *value._forward_pre_hooks.values()):
+            yield from _held(hook, seen)
     for item in vars(value).values() if hasattr(value, "__dict__") else ():
         if type(item) in _DATA:
             continue
@@ -81,7 +84,7 @@ def _held(item: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(item, functools.partial):
         yield from _held(item.func, seen)
     elif isinstance(item, (tuple, list)):
-        for part in item if len(item) <= _REGISTRY else ():
+        for part in item if len(item) <= REGISTRY else ():
             if _may_hold(part):
                 yield from _held(part, seen)
     elif is_own(type(item).__module__) and id(item) not in seen:
@@ -133,7 +136,7 @@ class _Reach:
         """What a container holds, past methods of its own: some import a module for each item that is asked for."""
         self._seen.add(id(value))
         kind: Any = next(kind for kind in (dict, tuple, list) if isinstance(value, kind))
-        if kind.__len__(value) <= _REGISTRY:
+        if kind.__len__(value) <= REGISTRY:
             for item in tuple(dict.values(value) if isinstance(value, dict) else kind.__iter__(value)):
                 if callable(item):
                     self.visit(item)

@@ -85,7 +85,7 @@ class Recorder(Inside):
         self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
         self._leaf_reads_training = False
-        self._given = Given(self.modules)
+        self.given = Given(self.modules, self.code.functions)
         self.mode_readers: set[str] = set()
         self.modes: dict[str, bool] = {}
 
@@ -127,7 +127,7 @@ class Recorder(Inside):
             for _, module in self.modules:
                 module.__dict__.setdefault("training", training[id(module)])
                 if is_leaf(module, self.leaves) or may_be_leaf(module):
-                    self._given.restore(module)
+                    self.given.restore(module)
 
     def _module_patches(self, training: dict[int, bool]) -> list[Patch]:
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
@@ -203,16 +203,16 @@ class Recorder(Inside):
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
             return original(module, *args, **kwargs)
-        if is_leaf(module, self.leaves) and self._given.still(module):
+        if is_leaf(module, self.leaves) and self.given.stays(module):
             if type(module) in self.leaves:  # nothing is known of what it does
                 self._need_values(args, kwargs)
             own = self.draws_itself() if type(module) in self.leaves else nullcontext()
             with own:
-                out, start = self._run_leaf(module, original, args, kwargs, self._given.mode(module))
+                out, start = self._run_leaf(module, original, args, kwargs, self.given.mode(module))
             by_mode = type(module) in self.leaves or isinstance(module, (_DropoutNd, nn.RReLU))
             return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=by_mode)
         given_tensor = len(args) >= 1 and isinstance(args[0], torch.Tensor)
-        if given_tensor and may_be_leaf(module) and self._given.still(module):
+        if given_tensor and may_be_leaf(module) and self.given.stays(module):
             self._leaf_reads_training = False
             rng = get_rng_state()
             mark = len(self.tape.ops)
@@ -224,7 +224,7 @@ class Recorder(Inside):
                 return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=True)
             del self.tape.ops[mark:]
             set_rng_state(rng)
-        if module.__dict__.get("training") is self._given.mode(module):
+        if module.__dict__.get("training") is self.given.mode(module):
             module.__dict__.pop("training", None)  # a leaf that is taken apart: reading its mode has to be noticed
         return original(module, *args, **kwargs)
 
@@ -237,7 +237,9 @@ class Recorder(Inside):
         self._active = False
         try:
             with torch._C.DisableTorchFunction():
-                return original(module, *args, **kwargs), start
+                out = original(module, *args, **kwargs)
+            self.given.check_hooks(module)
+            return out, start
         finally:
             self._active = True
             if mode is not None:

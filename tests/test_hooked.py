@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -109,6 +110,95 @@ def test_functions_of_a_copy_work_on_the_copy(cls: type[Net]) -> None:
     torch.testing.assert_close(small, slim(x))
     torch.testing.assert_close(found, again(x))
     assert again.float()(x.float()).dtype is torch.float32
+
+
+class Acting(nn.Module):
+    """Without parameters, and not one of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class Keeper:
+    """An object that the model has, and that a hook is a method of."""
+
+    kept: Any = 1
+
+    def keep(self, _: nn.Module, __: Any, out: Tensor) -> None:
+        self.kept = float(out.detach().abs().max())
+
+
+class Kept(nn.Module):
+    """Hooks of layers that a graph calls as they are, which keep tensors and numbers for the forward in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.act = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3), Acting()
+        self.tensors: list[Tensor] = []
+        self.keeper = Keeper()
+        self.number: Any = 1
+        self.act.register_forward_hook(lambda _, __, out: self.tensors.append(out.detach().clone()))
+        self.c.register_forward_hook(self.keeper.keep)
+        self.b.register_forward_hook(functools.partial(self.count, by=2))
+        self.c.register_forward_hook(_on_itself)
+        self.c.register_forward_hook(_by_global_name)
+
+    def count(self, _: nn.Module, __: Any, out: Tensor, by: int) -> None:
+        """The number of rows."""
+        self.number = out.shape[0] * by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 6) -> (N, 3)."""
+        self.tensors.clear()
+        y = self.c(self.b(self.act(self.a(x))))
+        first, rows = NUMBERS["first"], self.c.rows
+        return y * self.number + self.tensors[0].sum(1, True) * self.keeper.kept + len(self.tensors) * first / rows
+
+
+def _on_itself(module: nn.Module, _: Any, out: Tensor) -> None:
+    module.rows = out.shape[0]
+
+
+def _by_global_name(_: nn.Module, __: Any, out: Tensor) -> None:
+    NUMBERS["first"] = out.detach()[0, 0].item()
+
+
+NUMBERS: dict[str, float] = {}
+
+
+@pytest.mark.filterwarnings("ignore::chase_fx.graphs.capture.SpecializationWarning")
+def test_what_hooks_keep_for_the_forward_is_computed_in_every_call() -> None:
+    """Their tensors were refused, and their numbers were those of the example."""
+    torch.manual_seed(0)
+    model, x = Kept().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    traced, slim = chase_fx.trace(model, x), chase_fx.prune(model, x)
+    assert slim.plan.new_shape("a.weight") == (4, 6)
+    inputs = [torch.randn(rows, 6, dtype=torch.float64) for rows in (4, 7)]
+    for x in inputs:
+        torch.testing.assert_close(traced(x), model(x))
+    with torch.no_grad():
+        for name, kept in slim.plan.kept_indices().items():
+            for dim, indices in enumerate(kept):
+                if indices is not None:
+                    gone = sorted({*range(8)} - {*indices.tolist()})
+                    model.get_parameter(name).index_fill_(dim, torch.tensor(gone), 0)
+    for x in inputs:
+        torch.testing.assert_close(slim(x), model(x))
+
+
+def test_hooks_that_only_look_run_in_every_call() -> None:
+    """They have nothing of the model, so its layers stay what they are, and hooks see what the layers give."""
+    seen: list[tuple[int, ...]] = []
+
+    def look(_: nn.Module, __: Any, out: Tensor) -> None:
+        seen.append(tuple(out.shape))
+
+    model = Net().eval()
+    model.b.register_forward_hook(look)
+    slim = chase_fx.prune(model, torch.randn(4, 6))
+    seen.clear()
+    slim(torch.randn(5, 6))
+    assert seen == [(5, 4)]
 
 
 def test_functions_that_hold_nothing_of_the_model_are_shared() -> None:
