@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import chase_fx
 from chase_fx.errors import ChaseError, VerificationError
-from chase_fx.graphs.traced import capture_of
+from chase_fx.graphs.traced import TracedModule, capture_of
 from tests import kept_means, oracle
 from tests.rule_names import rules_used
 from tests.zoo import Case, build
@@ -196,7 +196,9 @@ def _judge(case: Case, record: Record) -> None:
         record[f"reference {key}"] = report.difference
         exact = record["tolerance"] = max(exact, report.tolerance)  # more in single precision, or parts of it
         if total < LARGE or sparsity == SPARSITIES[0]:
-            record[f"oracle {key}"] = _oracle(model, args, kwargs, slim)
+            gap = record[f"oracle {key}"] = _oracle(model, args, kwargs, slim)
+            if isinstance(gap, float) and gap > exact:
+                record[f"rounding {key}"] = _rounding(model, args, kwargs, slim)
         slims[key] = slim
     record["batch"] = _batches(case, traced, slims["0.5"], dense, exact) if case.batch and total < LARGE else "fixed"
     if total < LARGE:
@@ -238,6 +240,23 @@ def _oracle(model: nn.Module, args: Any, kwargs: Any, slim: nn.Module) -> float 
             return difference(expected, _run(slim, args, kwargs), objects=False)
     except Exception as e:  # noqa: BLE001 - the oracle's own limits are reported, not hidden
         return _reason(e)
+
+
+def _rounding(model: nn.Module, args: Any, kwargs: Any, slim: TracedModule) -> float:
+    """How far the masked model itself moves when each weight moves by about half a unit in its last place.
+
+    A model that amplifies that says as little about the other order in which a slim module adds.
+    """
+    assert slim.plan is not None
+    masked = oracle.masked_copy(model, slim.plan.kept_indices())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = _run(masked, args, kwargs)
+        for p in masked.parameters():
+            if p.is_floating_point():
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.mul_((1 + noise * torch.finfo(p.dtype).eps / 2).to(p.dtype))
+        return difference(before, _run(masked, args, kwargs), objects=False)
 
 
 def _more(value: Any, batch: int) -> Any:
