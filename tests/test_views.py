@@ -232,3 +232,22 @@ def test_rows_of_size_one_that_a_view_moves_across_channels() -> None:
     assert slim.get_parameter("b.weight").shape[:2] == (8, 16)
     for inputs in ((x,), (higher,)):
         assert_exact(net, slim, inputs)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_single_window_of_a_single_image_is_cut_from_the_image(batch: int) -> None:
+    """The number of windows, one here, comes from the height and the width that are behind the channels already."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        rows, columns = y.shape[2] // 4, y.shape[3] // 4
+        windows = y.reshape(-1, 8, rows, 4, columns, 4).permute(0, 1, 3, 5, 2, 4)
+        back = windows.softmax(2).permute(0, 1, 4, 2, 5, 3).reshape(y.shape)
+        return m.out(back)
+
+    torch.manual_seed(0)
+    x, others = torch.randn(batch, 3, 4, 4, dtype=torch.float64), torch.randn(3, 3, 8, 4, dtype=torch.float64)
+    net = randomise(Net(forward, a=conv(3, 16), out=conv(16, 2)), (torch.randn(3, 3, 4, 4, dtype=torch.float64),))
+    slim = chase_fx.prune(net, x).eval()
+    assert slim.get_parameter("a.weight").shape[0] == 8
+    assert_exact(net, slim, (others,))

@@ -96,11 +96,22 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
             return True
         if covering and any(read[d] == {True} for d in ends if d in live_out and d not in covering):
             return True
-    ones = [axis.size == 1 and op.is_space(axis) for axis in before]  # larger dims show in the blocks
-    ones_read = [size == 1 and r == {True} for size, r in zip(op.out.shape, read, strict=True)]
-    lead_in, tail_in = sum(ones[: live_in[0]]), sum(ones[live_in[-1] + 1 :])
-    lead_out, tail_out = sum(ones_read[: live_out[0]]), sum(ones_read[live_out[-1] + 1 :])
-    return lead_in > lead_out and tail_out > tail_in == 0
+    return _moves_ones(op, before, (live_in[0], live_in[-1] + 1), (live_out[0], live_out[-1] + 1))
+
+
+def _moves_ones(op: LabelledOp, before: Labels, live_in: tuple[int, int], live_out: tuple[int, int]) -> bool:
+    """Whether space of size 1, which shows in no block, moves from before the channels to behind them.
+
+    ``live_in`` and ``live_out`` are where the channels begin and end in what goes in and in the view.
+    """
+    read = op.read_from()
+    lead = [axis for axis in before[: live_in[0]] if axis.size == 1 and op.is_space(axis)]
+    ones = [size == 1 and found == {True} for size, found in zip(op.out.shape, read, strict=True)]
+    behind = [d for d in range(live_out[1], len(ones)) if ones[d]]
+    if any(op.reads(d, axis) for d in behind for axis in lead):
+        return True
+    from_nowhere = not any(map(op.is_space, before[live_in[1] :]))
+    return bool(behind) and from_nowhere and len(lead) > sum(ones[: live_out[0]])
 
 
 def _parts(op: LabelledOp, axis: Axis) -> Iterator[Axis]:
