@@ -223,7 +223,12 @@ def read_text(text: str) -> None:
 
 def derive(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     """``fn(*operands)``, live if an operand is."""
-    value = fn(*map(plain, operands))
+    try:
+        value = fn(*map(plain, operands))
+    except (ArithmeticError, ValueError):  # the forward may catch it
+        for operand in operands:
+            fix(operand)
+        raise
     recorder = next((o._recorder for o in operands if isinstance(o, _Live) and o._recorder.recording()), None)
     if recorder is None or isinstance(value, complex):
         return value

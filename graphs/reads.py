@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.assigned import Assigned, check_parameters, replaced_buffers, settle
+from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.decisions import Decisions
 from chase_fx.graphs.live import LiveInt, fix, plain
 from chase_fx.graphs.source import source_line
@@ -152,6 +154,18 @@ class Reads(Decisions):
         self._finish(node, made, (value, buffer), {}, start, in_place=False)
         self.tape.replace(value, made)
         self.arguments.bind(value, node)
+
+    def _counted(self, node: Node, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A graph has a node for each part, so at another number of parts it would ignore some."""
+        if len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):  # the length of each is given
+            return parts
+        number = LiveInt(len(parts), self, lambda: self.arguments.number(len, (node,)))
+
+        def report() -> None:
+            with self.graph.inserting_before(node.next):  # ahead of the nodes of the parts
+                fix(number)
+
+        return Counted(parts, report)
 
     def _read_size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._paused(), torch._C.DisableTorchFunction():

@@ -25,8 +25,6 @@ from chase_fx.graphs.autocast import Regions, preserved_modes
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import DATA_SIZED, call_name, is_in_place
 from chase_fx.graphs.copies import deep_copies
-from chase_fx.graphs.counted import Counted
-from chase_fx.graphs.draws import given_arrays
 from chase_fx.graphs.freed import setting
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
@@ -34,13 +32,14 @@ from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.inference import without_inference_mode
 from chase_fx.graphs.inside import Inside
 from chase_fx.graphs.leaves import Leaves, has_parameter, is_leaf, may_be_leaf
-from chase_fx.graphs.live import LiveInt, Watchful, fix, plain
+from chase_fx.graphs.live import Watchful, plain
 from chase_fx.graphs.loops import Loops
 from chase_fx.graphs.own_sizes import mark_own_sizes
 from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import attribute_homes, reachable_code
 from chase_fx.graphs.reads import SIZE_CALLS
+from chase_fx.graphs.recording import CAUGHT
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
@@ -239,6 +238,10 @@ class Recorder(Inside):
             with torch._C.DisableTorchFunction():
                 out = original(module, *args, **kwargs)
             self.given.check_hooks(module)
+        except CAUGHT as e:
+            self._raised(e, args, kwargs)
+            raise
+        else:
             return out, start
         finally:
             self._active = True
@@ -293,8 +296,7 @@ class Recorder(Inside):
 
     def _call_function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = len(self.tape.ops)
-        with self._paused():
-            out = func(*given_arrays(args), **kwargs)
+        out = self._run(func, args, kwargs)
         if not holds_tensor(out) and name != "__setitem__":
             return self._python_value(name, out, args, kwargs)
         if name in _READS_INDICES:
@@ -310,18 +312,6 @@ class Recorder(Inside):
             self._mask_of[node] = args[0] if args else kwargs["input"]
         result = self._finish(node, out, args, kwargs, start, in_place=in_place)
         return self._counted(node, result) if name in _COUNTED else result
-
-    def _counted(self, node: Node, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """A graph has a node for each part, so at another number of parts it would ignore some."""
-        if len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):  # the length of each is given
-            return parts
-        number = LiveInt(len(parts), self, lambda: self.arguments.number(len, (node,)))
-
-        def report() -> None:
-            with self.graph.inserting_before(node.next):  # ahead of the nodes of the parts
-                fix(number)
-
-        return Counted(parts, report)
 
     def _iterate(self, func: Any, tensor: torch.Tensor, *dim: int) -> tuple[torch.Tensor, ...]:
         """What a Python loop over ``tensor`` is unrolled for.

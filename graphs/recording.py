@@ -12,23 +12,26 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from chase_fx.errors import CaptureError
+from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.arguments import Arguments
 from chase_fx.graphs.autocast import Regions
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.changed import put_back
-from chase_fx.graphs.draws import draws
+from chase_fx.graphs.draws import draws, given_arrays
 from chase_fx.graphs.guards import check, check_number
 from chase_fx.graphs.provenance import from_data, view_sizes
 from chase_fx.graphs.results import result_to_fx
 from chase_fx.graphs.source import source_line
-from chase_fx.graphs.standins import StandIns
+from chase_fx.graphs.standins import StandIns, ValuesNeeded
 from chase_fx.graphs.tape import Tape, TapeMode, writes_outside, written_by
 from chase_fx.graphs.trees import map_tensors, tensors_in
 from chase_fx.graphs.walk import modules_of
 from chase_fx.graphs.whole import FunctionName, enclosing
 
-__all__ = ["Recording"]
+__all__ = ["CAUGHT", "Recording"]
+
+# Errors of calls that fail for some sizes, and not for others.
+CAUGHT = (RuntimeError, IndexError, ValueError)
 
 
 class Recording(TorchFunctionMode):
@@ -117,6 +120,35 @@ class Recording(TorchFunctionMode):
             yield
         finally:
             self._active = True
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call of torch."""
+        self._active = False
+        try:
+            return func(*given_arrays(args), **kwargs)
+        except CAUGHT as e:
+            self._raised(e, args, kwargs)
+            raise
+        finally:
+            self._active = True
+
+    def _raised(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call failed, and the forward may catch the error and go on another way: the graph only serves such sizes.
+
+        Raises:
+            CaptureError: data decide whether the call fails.
+        """
+        if isinstance(error, (ChaseError, NotImplementedError)):  # what torch does not implement it never does
+            return
+        if self.standins is not None:
+            raise ValuesNeeded
+        if isinstance(error, torch.linalg.LinAlgError):
+            raise CaptureError(
+                f"a call at {source_line()} fails for the example's data ({type(error).__name__}: {error}), and a "
+                "graph can't do for other data what the forward does when it succeeds; trace with data for which it "
+                "does, or name the function around it in whole="
+            ) from error
+        self.arguments.keep_sizes([self.arguments.node_of(t) for t in tensors_in((args, kwargs))])
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Node:
         """The call of ``target``. FX would look through arguments that it is given at once for numbers of its own."""
