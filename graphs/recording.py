@@ -142,7 +142,7 @@ class Recording(TorchFunctionMode):
             return
         if self.standins is not None:
             raise ValuesNeeded
-        if isinstance(error, torch.linalg.LinAlgError):
+        if isinstance(error, torch._C._LinAlgError):
             raise CaptureError(
                 f"a call at {source_line()} fails for the example's data ({type(error).__name__}: {error}), and a "
                 "graph can't do for other data what the forward does when it succeeds; trace with data for which it "
