@@ -41,7 +41,9 @@ class Given:
         self._sizes = {id(m): _size(m) for _, m in modules}
 
     def stays(self, module: nn.Module) -> bool:
-        """Whether the graph may call ``module`` as it is."""
+        """Whether the graph may call ``module`` as it is: not where its class does more around such a call."""
+        if type(module).__call__ is not nn.Module.__call__:
+            return False
         hooked = id(module) in self._keeping or (self.apart and bool(module._forward_hooks))
         return not hooked and self.still(module)
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from chase_fx.errors import CaptureError
 from chase_fx.graphs.reach import REGISTRY, codes_in, is_own
 
-__all__ = ["HookedError", "keeping"]
+__all__ = ["HookedError", "check_backward_hooks", "keeping"]
 
 _OWN = frozenset(vars(nn.Module()))
 _ATOMIC = (int, float, complex, str, bytes, type(None), type, torch.Tensor, types.FunctionType, types.ModuleType)
@@ -26,6 +27,20 @@ _ATOMIC = (int, float, complex, str, bytes, type(None), type, torch.Tensor, type
 
 class HookedError(BaseException):
     """A hook changed the module that it belongs to, which the graph was to call as it is."""
+
+
+def check_backward_hooks(module: nn.Module, name: str) -> None:
+    """Refuse hooks of gradients on a module that is taken apart: a graph has no place to run them at.
+
+    Raises:
+        CaptureError: there are some.
+    """
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise CaptureError(
+            f"{repr(name) if name else 'the model'} ({type(module).__name__}) has backward hooks, and a graph calls "
+            "its parts, not the module itself, so they would not run; remove them before the capture, or register them "
+            "on layers"
+        )
 
 
 def keeping(modules: Iterable[nn.Module], functions: Iterable[types.FunctionType]) -> frozenset[int]:

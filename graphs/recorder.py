@@ -29,6 +29,7 @@ from chase_fx.graphs.freed import setting
 from chase_fx.graphs.functions import caller_of, forwards, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
+from chase_fx.graphs.hooks import check_backward_hooks
 from chase_fx.graphs.inference import without_inference_mode
 from chase_fx.graphs.inside import Inside
 from chase_fx.graphs.leaves import Leaves, has_parameter, is_leaf, may_be_leaf
@@ -201,6 +202,7 @@ class Recorder(Inside):
     ) -> Any:
         name = self._names.get(id(module))
         if not name:  # the root itself, or a module made during the forward
+            check_backward_hooks(module, "")
             return original(module, *args, **kwargs)
         if is_leaf(module, self.leaves) and self.given.stays(module):
             if type(module) in self.leaves:  # nothing is known of what it does
@@ -225,6 +227,7 @@ class Recorder(Inside):
             set_rng_state(rng)
         if module.__dict__.get("training") is self.given.mode(module):
             module.__dict__.pop("training", None)  # a leaf that is taken apart: reading its mode has to be noticed
+        check_backward_hooks(module, name)
         return original(module, *args, **kwargs)
 
     def _run_leaf(

@@ -253,3 +253,42 @@ def test_a_model_that_is_changed_by_a_global_name_is_refused() -> None:
     model(x)
     with pytest.raises(CaptureError, match="changes 'found' of the model by another way than through self"):
         chase_fx.trace(model, x)
+
+
+class Doubling(nn.Linear):
+    """What a call of it gives is more than its forward does."""
+
+    def __call__(self, *args: Any) -> Any:
+        return 2 * super().__call__(*args)
+
+
+def test_layers_that_do_more_around_their_forward() -> None:
+    """The graph called such a layer, and did the rest once more."""
+    model, x = Net().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    model.b = Doubling(8, 8).double()
+    traced, slim = chase_fx.trace(model, x), chase_fx.prune(model, x)
+    assert torch.equal(traced(x), model(x))
+    assert slim.plan.new_shape("b.weight") == (4, 4)
+
+
+def _doubled(_: nn.Module, given: Any, __: Any) -> Any:
+    return tuple(None if gradient is None else 2 * gradient for gradient in given)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_backward_hook"])
+def test_backward_hooks_run_on_layers_and_are_refused_elsewhere(register: str) -> None:
+    """A graph has no call of a block that it takes apart: its hook would have been left out, or failed inside torch."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model = Net().double()
+    getattr(model.b, register)(_doubled)
+    traced = chase_fx.trace(model, x)
+    for module in (model, traced):
+        module(x).sum().backward()
+    for mine, theirs in zip(model.parameters(), traced.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for path in ("", "0"):
+        block = nn.Sequential(Net()).double()
+        getattr(block.get_submodule(path), register)(_doubled)
+        with pytest.raises(CaptureError, match=f"{path or 'the model'}.* has backward hooks"):
+            chase_fx.trace(block, x)
