@@ -82,7 +82,7 @@ class _Live:
     def __hash__(self) -> int:
         if self._recorder.recording() and not self._recorder.may_hash:
             raise HashedError
-        return hash(plain(self))
+        return hash(fix(self))  # a dict or set that does not have it asks no more
 
     def __format__(self, specification: str) -> str:
         text = format(plain(self), specification)
@@ -108,10 +108,10 @@ class _Live:
         return type(value), (value,)
 
     def __copy__(self) -> Any:
-        return plain(self)
+        return self if self._recorder.recording() else plain(self)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return plain(self)
+        return self.__copy__()
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         """NumPy's functions of single numbers are those of Python."""
@@ -144,6 +144,9 @@ class LiveInt(_Live, int):
     def as_integer_ratio(self) -> Any:
         """As of an int."""
         return int.as_integer_ratio(fix(self))
+
+    def __index__(self) -> int:
+        return int.__index__(fix(self))
 
     def bit_count(self) -> int:
         """As of an int."""

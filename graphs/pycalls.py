@@ -123,6 +123,10 @@ def _range(*args: Any) -> Any:
     return range(*map(plain, args))
 
 
+def _enumerate(items: Iterable[Any], start: Any = 0) -> Iterator[tuple[Any, Any]]:
+    return enumerate(items, start) if not is_live(start) else ((start + i, item) for i, item in enumerate(items))
+
+
 def _map(fn: Callable[..., Any], /, *items: Iterable[Any]) -> Iterator[Any]:
     return map(_CALLED.get(id(fn), fn), *items)
 
@@ -188,6 +192,7 @@ _LIVE: dict[int, Any] = {
     id(len): _len,
     id(range): _range,
     id(map): _map,
+    id(enumerate): _enumerate,
     id(type): _type,
     id(np.prod): _product,
     id(math): _with(math, _MATH),

@@ -42,11 +42,16 @@ _CALL = _PREFIX + "()"
 _CACHE, _NOP = 0, dis.opmap["NOP"]
 _IMPORT_NAME, _EXTENDED_ARG = dis.opmap["IMPORT_NAME"], dis.opmap["EXTENDED_ARG"]
 _METHOD_CALL = "LOAD_METHOD" if "LOAD_METHOD" in dis.opmap and sys.version_info < (3, 12) else "LOAD_ATTR"
-_KINDS = {dis.opmap[k]: k for k in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", _METHOD_CALL) if k in dis.opmap}
+_REDIRECTED = ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CONTAINS_OP", _METHOD_CALL)
+_KINDS = {dis.opmap[k]: k for k in _REDIRECTED if k in dis.opmap}
 # Methods of containers, and functions of torch, that read numbers without asking them.
 _METHODS = frozenset(
-    {"numel", "pop", "get", "reshape", "repeat", "take"} | {n for n in vars(TORCH) if n.endswith("Tensor")}
-)
+    {
+        "numel", "pop", "get", "reshape", "repeat", "take", "insert", "rotate", "indices", "ljust", "rjust", "zfill",
+        "get_submodule", "get_parameter", "get_buffer",
+    }
+    | {n for n in vars(TORCH) if n.endswith("Tensor")}
+)  # fmt: skip
 _SYMBOLS = {
     "+": operator.add, "&": operator.and_, "//": operator.floordiv, "<<": operator.lshift, "@": operator.matmul,
     "*": operator.mul, "%": operator.mod, "|": operator.or_, "**": operator.pow, ">>": operator.rshift,
@@ -149,6 +154,8 @@ def _import_name(kind: str, argument: int, names: list[str]) -> str | None:
         return _PREFIX + "[]"
     if kind == "BINARY_OP":
         return _PREFIX + str(dis._nb_ops[argument][1])  # type: ignore[attr-defined]
+    if kind == "CONTAINS_OP":
+        return _PREFIX + ("not in" if argument else "in")
     if kind == "COMPARE_OP":
         return _PREFIX + dis.cmp_op[argument >> _COMPARE_SHIFT]
     name = names[argument if kind == "LOAD_METHOD" else argument >> 1]
@@ -250,9 +257,12 @@ def _method(name: str) -> Callable[[Any, Any], Any]:
         found = getattr(owner, name)
         if id(found) in CONSTRUCTORS:
             return CONSTRUCTORS[id(found)]
-        if isinstance(owner, (list, deque, np.ndarray)):
+        if isinstance(owner, slice):
+            return functools.partial(fixing(slice.indices), owner)
+        if isinstance(owner, (list, deque, str, np.ndarray)):
             return fixing(found)
-        return functools.partial(_get, found) if isinstance(owner, dict) else found
+        by_name = isinstance(owner, dict) or (isinstance(owner, torch.nn.Module) and name.startswith("get_"))
+        return functools.partial(_get, found) if by_name else found
 
     return find
 
@@ -277,14 +287,24 @@ def _comparison(symbol: str) -> Callable[[Any, Any], Any]:
     return call
 
 
+def _contains(item: Any, container: Any) -> bool:
+    """``item in container``, where a text that numbers were written to is a decision by them."""
+    if type(item) is str:
+        read_text(item)
+    return item in container
+
+
 # The functions of the module ``operator`` that do the same.
 OPERATORS: dict[str, Callable[..., Any]] = {
     **{f.__name__: _comparison(s) if s in _MIRRORED else _binary(s) for s, f in _SYMBOLS.items()},
     "getitem": subscript,
     "itemgetter": fixing(operator.itemgetter),
+    "index": lambda number: number if is_live(number) and isinstance(number, int) else operator.index(number),
 }
 _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     **{_PREFIX + symbol: OPERATORS[function.__name__] for symbol, function in _SYMBOLS.items()},
     **{_PREFIX + name: _method(name) for name in _METHODS},
     _PREFIX + "[]": subscript,
+    _PREFIX + "in": _contains,
+    _PREFIX + "not in": lambda item, container: not _contains(item, container),
 }

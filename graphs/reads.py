@@ -51,6 +51,8 @@ class Reads(Decisions):
         if name in ("shape", "ndim"):
             self._measure(tensor)
             return torch.Size(self._live_dim(tensor, d, n) for d, n in enumerate(out)) if name == "shape" else out
+        if name == "nbytes":
+            return self._read_size("numel", torch.Tensor.numel, args, {}) * (out // max(tensor.numel(), 1))
         if name == "requires_grad":
             return self.arguments.requires_grad(tensor)
         if name in _PLAIN_PROPERTIES:

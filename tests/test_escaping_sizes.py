@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -99,6 +100,10 @@ LIVE: dict[str, Callable[[Any, torch.Size], Any]] = {
     "torch's of numbers": lambda m, s: (
         torch.sym_int(s[2] / 3) + torch.sym_float(s[3]) + torch.sym_max(s[2], 7) + torch.sym_min(7, s[3])
     ),
+    "index": lambda m, s: operator.index(s[2]) * 0.1,
+    "enumerate": lambda m, s: next(iter(enumerate(m.scales, s[2])))[0] * 0.1,
+    "copies": lambda m, s: copy.copy(s[2]) * 0.1 + copy.deepcopy([s[3]])[0],
+    "number of bytes": lambda m, s: torch.empty(s[2], 3).nbytes * 0.01,
     "import inside": logarithm,
     "old constructors of an import inside": constructors,
     "old constructors of an import by another name": import_by_other_name,
@@ -114,6 +119,17 @@ DECIDED: dict[str, Callable[[Any, torch.Size], Any]] = {
     "tuple": lambda m, s: m.pair[s[2] // 9],
     "dict": lambda m, s: m.table[s[2]],
     "get": lambda m, s: m.table.get(s[2], 1.0),
+    "get what is not there": lambda m, s: m.table.get(62 - 4 * s[2], 1.0),
+    "in": lambda m, s: 2.0 if 62 - 4 * s[2] in m.table else 1.0,
+    "not in": lambda m, s: 2.0 if (62 - 4 * s[2], 3) not in {(14, 3), (10, 3)} else 1.0,
+    "text in": lambda m, s: 2.0 if f"s{62 - 4 * s[2]}" in m.named else 1.0,
+    "text not in": lambda m, s: 2.0 if str(s[2]) not in ("12", "13") else 1.0,
+    "set": lambda m, s: len({s[2], 12}),
+    "insert": lambda m, s: (found := [*m.scales]).insert(s[2], 0.0) or found[9],
+    "indices": lambda m, s: len(range(*slice(s[2]).indices(20))),
+    "padded text": lambda m, s: len("".zfill(s[2])),
+    "submodule": lambda m, s: m.get_submodule(f"by_name.{s[2]}"),
+    "plain": lambda m, s: s[2].__index__(),
     "pop": lambda m, s: list(m.scales).pop(s[2]),
     "module list": lambda m, s: m.layers[s[2] // 4],
     "module dict": lambda m, s: m.by_name[str(s[2])],
