@@ -251,3 +251,31 @@ def test_a_single_window_of_a_single_image_is_cut_from_the_image(batch: int) -> 
     slim = chase_fx.prune(net, x).eval()
     assert slim.get_parameter("a.weight").shape[0] == 8
     assert_exact(net, slim, (others,))
+
+
+def test_rows_that_were_put_together_with_windows_of_heads_come_apart_again() -> None:
+    """``(N * heads * windows * rows, W, k)`` is cut before the rows: the size says so, for it is that of the rest."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        n, _, height, width = y.shape
+        queries = y.reshape(n, 4, 4, height // 2, 2, width).permute(0, 1, 3, 4, 5, 2).reshape(-1, 2, width, 4)
+        count, rows = queries.shape[:2]
+        logits = (queries @ m.relative).reshape(-1, width, 3).softmax(1).reshape(count, rows, width, 3)
+        return m.out(logits.reshape(n, 4, height, width, 3).permute(0, 1, 4, 2, 3).flatten(1, 2))
+
+    torch.manual_seed(0)
+    x, others = (torch.randn(2, 3, height, 5, dtype=torch.float64) for height in (4, 6))
+    net = Net(forward, a=conv(3, 16), out=conv(12, 2))
+    net.relative = nn.Parameter(torch.randn(4, 3))
+    net = randomise(net, (x,))
+    traced = chase_fx.trace(net, x)
+    channels = chase_fx.analyze(traced)
+    assert ("a.weight", 0) not in channels.frozen
+    heads = next(
+        group.name for group in channels.groups if {m.tensor for m in group.members} >= {"a.bias", "out.weight"}
+    )
+    slim = chase_fx.rewrite(traced, channels.plan_keeping({heads: torch.tensor([True, False, False, True])})).eval()
+    assert slim.get_parameter("out.weight").shape[1] == 6
+    for inputs in (x, others):
+        assert_exact(net, slim, (inputs,))

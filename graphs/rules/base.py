@@ -13,7 +13,7 @@ from chase_fx.graphs.constants import Constants
 from chase_fx.graphs.tape import Slot, TapedOp
 from chase_fx.graphs.unification import Axes
 
-__all__ = ["Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "Tie"]
+__all__ = ["Facts", "LabelledOp", "Labels", "Refusal", "Rule", "Rules", "Tie", "factors_of"]
 
 Labels = tuple[Axis, ...]
 
@@ -221,8 +221,9 @@ class LabelledOp:
     def is_multiple(self, dim: int, axes: Sequence[Axis]) -> bool:
         """Whether the size of dim ``dim`` of a view is a multiple of the product of ``axes``, whatever goes in."""
         read = self.op.sizes[dim] if len(self.op.sizes) == len(self.out.shape) else None
-        factors = [] if read is None else [resolve(self._labels[slot.index][d]) for slot, d in read.factors]
-        for axis in map(resolve, axes):
+        sizes = [] if read is None else [self._labels[slot.index][d] for slot, d in read.factors]
+        factors = [factor for axis in sizes for factor in factors_of(axis)]
+        for axis in (factor for given in axes for factor in factors_of(given)):
             found = next((k for k, factor in enumerate(factors) if factor is axis), None)
             if found is None:
                 return False
@@ -250,6 +251,17 @@ class LabelledOp:
 
     def _why(self, detail: str) -> Cause:
         return Cause(self.cause.node, self.cause.op, self.cause.source, detail)
+
+
+def factors_of(axis: Axis) -> Iterator[Axis]:
+    """The factors of an axis as views made them: in its normal form those of space would be one."""
+    if isinstance(axis, Atom):
+        axis = resolve(axis)
+    if isinstance(axis, Prod):
+        for factor in axis.factors:
+            yield from factors_of(factor)
+    else:
+        yield axis
 
 
 # Details of axes that are no channels and whose size the code tells, whatever goes in.

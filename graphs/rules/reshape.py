@@ -10,8 +10,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from chase_fx.graphs.axes import Axis, Prod, atoms_of, resolve
-from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels
+from chase_fx.graphs.axes import Axis, Prod, atoms_of
+from chase_fx.graphs.rules.base import TOLD, LabelledOp, Labels, factors_of
 from chase_fx.graphs.rules.blocks import blocks
 
 __all__ = ["as_complex", "as_real", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_labels"]
@@ -83,14 +83,16 @@ def _depends_on_space(op: LabelledOp, before: Labels, after: Labels) -> bool:
     if not live_in or not live_out:
         return False
     parts = [part for axis in before for part in _parts(op, axis)]
-    for dims, ends in blocks([axis.size for axis in parts], op.out.shape):
+    sizes = [math.prod(axis.size for axis in part) for part in parts]
+    for dims, ends in blocks(sizes, op.out.shape):
         if len(dims) == 1 or len(ends) == 1 or not set(ends) & set(live_out) or _cut_in_space(op, parts, dims, ends):
             continue
-        sides = [(dim, end) for dim, end in ((dims[0], ends[0]), (dims[-1], ends[-1])) if op.is_space(parts[dim])]
+        edges = ((dims[0], ends[0]), (dims[-1], ends[-1]))
+        sides = [(dim, end) for dim, end in edges if all(map(op.is_space, parts[dim]))]
         covering = [end for _, end in sides]
         # A number that the space is a multiple of cuts it between channels: where it is none, the graph has a guard.
         if any(
-            found is not None and True not in found and parts[dim].size % op.out.shape[end]
+            found is not None and True not in found and sizes[dim] % op.out.shape[end]
             for found, dim, end in ((read[end], dim, end) for dim, end in sides)
         ):
             return True
@@ -114,26 +116,26 @@ def _moves_ones(op: LabelledOp, before: Labels, live_in: tuple[int, int], live_o
     return bool(behind) and from_nowhere and len(lead) > sum(ones[: live_out[0]])
 
 
-def _parts(op: LabelledOp, axis: Axis) -> Iterator[Axis]:
+def _parts(op: LabelledOp, axis: Axis) -> Iterator[list[Axis]]:
     """What an earlier view made a dim of, channels and space apart: taken apart again, it may tear them too."""
-    axis = resolve(axis)
-    if not isinstance(axis, Prod) or not any(map(op.is_space, axis.factors)):
-        yield axis
+    factors = [factor for factor in factors_of(axis) if factor.size != 1]
+    if not any(map(op.is_space, factors)):
+        yield [axis]
         return
-    for _, factors in itertools.groupby(axis.factors, op.is_space):
-        yield resolve(Prod(factors))
+    for _, found in itertools.groupby(factors, op.is_space):
+        yield [*found]
 
 
-def _cut_in_space(op: LabelledOp, before: Sequence[Axis], dims: list[int], ends: list[int]) -> bool:
+def _cut_in_space(op: LabelledOp, before: Sequence[Sequence[Axis]], dims: list[int], ends: list[int]) -> bool:
     """Whether the first or the last size holds all channels of a block whole, so that only space is cut.
 
     ``(N, C, H)`` viewed as ``(N * C * n, k)`` cuts H alone, for whatever number n is.
     """
-    live = [i for i, d in enumerate(dims) if any(atoms_of(before[d]))]
+    live = [i for i, d in enumerate(dims) if any(map(any, map(atoms_of, before[d])))]
     if not live:
         return False
-    first, last = dims[: live[-1] + 1], dims[live[0] :]
-    return op.is_multiple(ends[0], [before[d] for d in first]) or op.is_multiple(ends[-1], [before[d] for d in last])
+    first, last = ([axis for d in part for axis in before[d]] for part in (dims[: live[-1] + 1], dims[live[0] :]))
+    return op.is_multiple(ends[0], first) or op.is_multiple(ends[-1], last)
 
 
 def reshape_labels(op: LabelledOp, labels: Labels, shape: Sequence[int]) -> Labels:
