@@ -142,3 +142,18 @@ def test_rows_of_pieces_stay_aligned(
     for sparsity in (0.3, 0.6, 0.9):
         slim = chase_fx.rewrite(module, channels.plan(sparsity, round_to=round_to))
         chase_fx.verify(module, slim)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_group_norms_of_single_positions(pooled: bool) -> None:
+    """torch takes no sample of one channel in a group, so a slim norm keeps two where nothing else is in a group."""
+    layers: list[nn.Module] = [nn.Linear(5, 12), nn.GroupNorm(3, 12), nn.SiLU(), nn.Linear(12, 2)]
+    if pooled:
+        pool = nn.AdaptiveAvgPool2d(1)
+        layers = [nn.Conv2d(5, 12, 1), pool, nn.GroupNorm(3, 12), nn.SiLU(), nn.Flatten(), nn.Linear(12, 2)]
+    net = nn.Sequential(*layers)
+    example = torch.randn(2, 5, 4, 4) if pooled else torch.randn(2, 5)
+    slim = chase_fx.prune(net, example, channel_sparsity=0.9)
+    norm = next(m for m in slim.modules() if isinstance(m, nn.GroupNorm))
+    assert norm.weight.numel() // norm.num_groups == 2
+    assert slim(example[:1]).shape == (1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,12 +89,15 @@ def _over_last_dims(
 def group_norm(op: LabelledOp) -> Sequence[Labels]:
     """``native_group_norm(x, w, b, N, C, HxW, group, eps)``: statistics over the channels of each group.
 
-    x: (N, G*I, *s): whole groups go, or the same channels of every group.
+    x: (N, G*I, *s): whole groups go, or the same channels of every group. Where ``s`` is a single position torch takes
+    no sample of one channel in a group, so two stay there.
     """
     x, w, b = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
     groups = int(op.arg(6, "group"))
     channels = op[x][1]
-    group, _ = op.split(channels, groups, channels.size // groups)
+    group, within = op.split(channels, groups, channels.size // groups)
+    if math.prod(x.shape[2:]) == 1:
+        op.at_least_two(within)
     op.facts.notes["groups"] = group
     for slot in (w, b):
         if slot is not None:
