@@ -16,11 +16,12 @@ from chase_fx.graphs.tape import SizeRead, Sizes, Tape, TapedOp
 __all__ = ["from_data", "size_read", "tell_data_from_sizes", "view_sizes"]
 
 _VIEWS = frozenset({"view", "reshape", "view_copy", "_unsafe_view"})
+_COPIES = frozenset({"expand", "broadcast_to", "repeat", "tile"})
 
 
 def view_sizes(node: Node) -> Sizes:
-    """For each dim of a view what its size was computed from, or None where it is inferred."""
-    if call_name(node) not in _VIEWS:
+    """For each dim of a view what its size was computed from, or None where it is inferred. So for counts of copies."""
+    if call_name(node) not in _VIEWS | _COPIES:
         return ()
     given: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
     if len(given) == 1 and isinstance(given[0], (tuple, list)):

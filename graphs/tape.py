@@ -68,7 +68,7 @@ class TapedOp:
     operands: tuple[Slot, ...] = ()  # the tensors that the node was called with
     whole: str = ""  # why its channels stay: the reason, if there is one
     own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
-    sizes: Sizes = ()  # of a view: what each size argument was computed from; None for -1
+    sizes: Sizes = ()  # of a view or copies: what each size was computed from; None for -1
     mapped: int = 0  # of a factory inside a vmap: how many of its sizes, in front, are those that the vmap runs over
     read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
 

@@ -116,6 +116,8 @@ _ATTENTION = "scaled_dot_product_attention"
 def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
     if op.op.call == "meshgrid":
         return _across(op, x, size, dim)
+    if op.op.call in _NAMES_SIZES and op.read_from()[dim] == {True}:
+        return op.fixed(size)  # one for each sample or place: sizes that are read from here are read from space
     copies = op.fresh(size, dim, weak=True)
     if op.op.call in _NAMES_SIZES:
         return copies
@@ -305,7 +307,9 @@ def repeat(op: LabelledOp) -> Labels:
     labels = [op.fixed(1, "size 1")] * (len(repeats) - len(x.shape)) + list(op[x])
     out: list[Axis] = []
     for d, (axis, n) in enumerate(zip(labels, repeats, strict=True)):
-        if n == 1:
+        if axis.size == 1 and op.read_from()[d] == {True}:
+            out.append(op.fixed(int(n)))
+        elif n == 1:
             out.append(axis)
         elif n == 0:
             out.append(op.fixed(0, "empty"))
