@@ -147,7 +147,7 @@ class Drawing(Reads):
         return draw
 
     def _number(self, value: float, node: Node) -> LiveFloat:
-        found = LiveFloat(value, self, lambda: node)
+        found: LiveFloat = LiveFloat(value, self, lambda: node)
         found.drawn = True
         return found
 

@@ -16,7 +16,7 @@ import operator
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from torch.fx import Node
 
@@ -72,6 +72,14 @@ class _Live:
     _node: Node | None
     drawn: bool = False  # by a random generator
 
+    def __new__(cls, value: Any, recorder: Any = None, build: Any = None) -> Any:
+        """``value`` with the recorder that it came from, and how to make its node."""
+        if recorder is None:  # ``type(n)(value)``
+            return (int if issubclass(cls, int) else float)(fix(value))
+        self = super().__new__(cls, value)  # type: ignore[call-arg]
+        self._recorder, self._build, self._node = recorder, build, None
+        return self
+
     def node(self) -> Node:
         """The FX node whose value is this number."""
         if self._node is None:
@@ -125,12 +133,6 @@ class _Live:
 class LiveInt(_Live, int):
     """An int with provenance."""
 
-    def __new__(cls, value: int, recorder: NumberRecorder, build: Callable[[], Node]) -> Self:
-        """``value`` with the recorder that it came from, and how to make its node."""
-        self = int.__new__(cls, value)
-        self._recorder, self._build, self._node = recorder, build, None
-        return self
-
     @property
     def numerator(self) -> Any:
         """The number itself."""
@@ -159,12 +161,6 @@ class LiveInt(_Live, int):
 
 class LiveFloat(_Live, float):
     """A float with provenance, such as ``head_dim ** -0.5``."""
-
-    def __new__(cls, value: float, recorder: NumberRecorder, build: Callable[[], Node]) -> Self:
-        """``value`` with the recorder that it came from, and how to make its node."""
-        self = float.__new__(cls, value)
-        self._recorder, self._build, self._node = recorder, build, None
-        return self
 
     def as_integer_ratio(self) -> tuple[int, int]:
         """As of a float."""
@@ -249,7 +245,9 @@ def derive(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
 
 
 def _binary(fn: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def forward(self: Any, other: Any) -> Any:
+    def forward(self: Any, other: Any, *modulus: Any) -> Any:
+        if modulus:  # ``pow(n, 2, 5)``
+            return pow(fix(self), *map(fix, (other, *modulus)))
         return derive(fn, (self, other)) if isinstance(other, (int, float)) else _without(self, other)
 
     def backward(self: Any, other: Any) -> Any:
@@ -305,7 +303,9 @@ def _divmod(self: Any, other: Any) -> Any:
 
 
 def _rdivmod(self: Any, other: Any) -> Any:
-    return (other // self, other % self) if isinstance(other, (int, float)) else NotImplemented
+    if not isinstance(other, (int, float)):
+        return NotImplemented
+    return derive(operator.floordiv, (other, self)), derive(operator.mod, (other, self))
 
 
 def _truth(self: Any) -> bool:
@@ -386,4 +386,11 @@ for _name, _fn in _BINARY.items():
     _complete(Watchful, {n: _watching(f"__{n}__", _fn) for n in (_name, f"r{_name}")})
 for _name, _mirrored in (("eq", "eq"), ("ne", "ne"), ("lt", "gt"), ("le", "ge"), ("gt", "lt"), ("ge", "le")):
     _complete(Watchful, {_name: _watching_comparison(f"__{_name}__", f"__{_mirrored}__")})
-_complete(Watchful, {"hash": float.__hash__})
+_complete(
+    Watchful,
+    {
+        "hash": float.__hash__,
+        "divmod": lambda self, other: _rdivmod(other, plain(self)) if is_live(other) else float.__divmod__(self, other),
+        "round": lambda self, *digits: float.__round__(self, *map(fix, digits)),
+    },
+)

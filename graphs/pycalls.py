@@ -10,19 +10,24 @@ us notice.
 
 from __future__ import annotations
 
+import array
 import builtins
+import collections
+import decimal
 import dis
+import fractions
 import functools
 import itertools
+import json
 import math
 import operator
+import random
+import struct
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -152,6 +157,10 @@ def _pow(base: Any, exponent: Any, *modulus: Any) -> Any:
     return pow(base, exponent, *modulus)
 
 
+def _divmod(a: Any, b: Any, /) -> Any:
+    return (derive(operator.floordiv, (a, b)), derive(operator.mod, (a, b))) if _live_numbers((a, b)) else divmod(a, b)
+
+
 def _getattr(owner: Any, name: str, *default: Any) -> Any:
     read_text(name)
     return getattr(owner, name, *default)
@@ -168,6 +177,19 @@ def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]])
     return copy
 
 
+class _Reader:
+    """A function or a class that reads numbers without asking them, called with plain ones that are guarded."""
+
+    def __init__(self, own: Any) -> None:
+        self._own, self._fixing = own, fixing(own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fixing(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
 _MATH = {
     name: _derived(fn)
     for name, fn in vars(math).items()
@@ -178,7 +200,18 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     for name, fn in vars(np).items()
     if callable(fn) and not isinstance(fn, (type, np.ufunc)) and not name.startswith("_")
 }
-_FIXED = (hash, bin, hex, oct, chr, complex, bytes, bytearray, Fraction, Decimal)
+_FIXED = (hash, bin, hex, oct, chr, complex, bytes, bytearray)
+# Of modules whose other names stay: what is called reads numbers, what is not may be a class.
+_READERS: dict[types.ModuleType, tuple[str, ...]] = {
+    array: ("array",),
+    collections: ("deque",),
+    decimal: ("Decimal",),
+    fractions: ("Fraction",),
+    json: ("dumps",),
+    np.random: ("RandomState", "default_rng"),
+    random: ("Random",),
+    struct: ("pack",),
+}
 _ITERTOOLS: dict[str, Callable[..., Any]] = {
     name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
 }
@@ -198,6 +231,7 @@ _LIVE: dict[int, Any] = {
     id(math): _with(math, _MATH),
     id(np): _with(np, {**_NUMPY, "prod": _product}),
     id(pow): _pow,
+    id(divmod): _divmod,
     id(str): _str,
     id(torch): TORCH,
     id(torch.Tensor): CONSTRUCTORS[id(torch.Tensor)],
@@ -206,6 +240,8 @@ _LIVE: dict[int, Any] = {
     id(operator): _with(operator, OPERATORS),
     **{id(getattr(operator, name)): live for name, live in OPERATORS.items()},
     **{id(fn): fixing(fn) for fn in _FIXED},
+    **{id(home): _with(home, {n: _Reader(getattr(home, n)) for n in names}) for home, names in _READERS.items()},
+    **{id(getattr(home, name)): fixing(getattr(home, name)) for home, names in _READERS.items() for name in names},
     **{id(getattr(itertools, name)): live for name, live in _ITERTOOLS.items()},
     **{id(getattr(np, name)): live for name, live in _NUMPY.items() if name != "prod"},
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
@@ -215,10 +251,12 @@ _CALLED: dict[int, Any] = {**_LIVE, **CONSTRUCTORS}
 _PREFIX = "_chase_live_"
 # Modules that mean the same where nothing is called; classes in torch do not, as in ``isinstance(x, torch.Tensor)``.
 _MODULES = {
-    _PREFIX + str(key) for key, live in _LIVE.items() if isinstance(live, types.ModuleType) and live is not TORCH
+    _PREFIX + str(key)
+    for key, live in _LIVE.items()
+    if isinstance(live, types.ModuleType) and live is not TORCH and key not in set(map(id, _READERS))
 }
 # What ``import`` inside a function gives; a class of torch is no function.
-_IMPORTS = {live.__name__: live for live in _LIVE.values() if isinstance(live, types.ModuleType) and live is not TORCH}
+_IMPORTS = {live.__name__: live for live in (_LIVE[id(home)] for home in (math, np, itertools, operator))}
 _floats: dict[str, Watchful] = {}  # global variables of modules
 _hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()

@@ -201,6 +201,8 @@ def subscript(container: Any, index: Any) -> Any:
 def _holds_live(value: Any) -> bool:
     if isinstance(value, slice):
         return is_live(value.start) or is_live(value.stop) or is_live(value.step)
+    if type(value) is dict:
+        return any(map(_holds_live, value.values()))
     return any(map(_holds_live, value)) if isinstance(value, (tuple, list)) else is_live(value)
 
 
@@ -210,6 +212,8 @@ def fixed(value: Any) -> Any:
         return value
     if isinstance(value, slice):
         return slice(fix(value.start), fix(value.stop), fix(value.step))
+    if isinstance(value, dict):
+        return {key: fixed(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return (list if isinstance(value, list) else tuple)(map(fixed, value))
     return fix(value)
