@@ -80,8 +80,9 @@ def _starts(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _held(hook, seen)
     tables = _TABLES if isinstance(value, nn.Module) else ()
     for name, item in vars(value).items() if hasattr(value, "__dict__") else ():
-        if type(item) not in _DATA and name not in tables:
-            yield from _held(item, seen)
+        if type(item) in _DATA or name in tables or (type(item) is tuple and _DATA.issuperset(map(type, item))):
+            continue
+        yield from _held(item, seen)
 
 
 def _held(item: Any, seen: set[int]) -> Iterator[Any]:
