@@ -10,19 +10,12 @@ us notice.
 
 from __future__ import annotations
 
-import array
 import builtins
-import collections
-import decimal
 import dis
-import fractions
 import functools
 import itertools
-import json
 import math
 import operator
-import random
-import struct
 import sys
 import threading
 import types
@@ -47,6 +40,7 @@ from chase_fx.graphs.pyoperators import (
     write_text,
 )
 from chase_fx.graphs.reach import Code
+from chase_fx.graphs.readers import READERS, Readers
 
 __all__ = ["live_calls"]
 
@@ -177,19 +171,6 @@ def _with(module: types.ModuleType, functions: Mapping[str, Callable[..., Any]])
     return copy
 
 
-class _Reader:
-    """A function or a class that reads numbers without asking them, called with plain ones that are guarded."""
-
-    def __init__(self, own: Any) -> None:
-        self._own, self._fixing = own, fixing(own)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fixing(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-
 _MATH = {
     name: _derived(fn)
     for name, fn in vars(math).items()
@@ -201,17 +182,6 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     if callable(fn) and not isinstance(fn, (type, np.ufunc)) and not name.startswith("_")
 }
 _FIXED = (hash, bin, hex, oct, chr, complex, bytes, bytearray)
-# Of modules whose other names stay: what is called reads numbers, what is not may be a class.
-_READERS: dict[types.ModuleType, tuple[str, ...]] = {
-    array: ("array",),
-    collections: ("deque",),
-    decimal: ("Decimal",),
-    fractions: ("Fraction",),
-    json: ("dumps",),
-    np.random: ("RandomState", "default_rng"),
-    random: ("Random",),
-    struct: ("pack",),
-}
 _ITERTOOLS: dict[str, Callable[..., Any]] = {
     name: fixing(fn) for name, fn in vars(itertools).items() if callable(fn) and not name.startswith("_")
 }
@@ -240,8 +210,8 @@ _LIVE: dict[int, Any] = {
     id(operator): _with(operator, OPERATORS),
     **{id(getattr(operator, name)): live for name, live in OPERATORS.items()},
     **{id(fn): fixing(fn) for fn in _FIXED},
-    **{id(home): _with(home, {n: _Reader(getattr(home, n)) for n in names}) for home, names in _READERS.items()},
-    **{id(getattr(home, name)): fixing(getattr(home, name)) for home, names in _READERS.items() for name in names},
+    **{id(home): Readers(home, names) for home, names in READERS.items()},
+    **{id(getattr(home, name)): fixing(getattr(home, name)) for home, names in READERS.items() for name in names},
     **{id(getattr(itertools, name)): live for name, live in _ITERTOOLS.items()},
     **{id(getattr(np, name)): live for name, live in _NUMPY.items() if name != "prod"},
     **{id(getattr(math, name)): live for name, live in _MATH.items()},
@@ -253,7 +223,7 @@ _PREFIX = "_chase_live_"
 _MODULES = {
     _PREFIX + str(key)
     for key, live in _LIVE.items()
-    if isinstance(live, types.ModuleType) and live is not TORCH and key not in set(map(id, _READERS))
+    if isinstance(live, types.ModuleType) and live is not TORCH and key not in set(map(id, READERS))
 }
 # What ``import`` inside a function gives; a class of torch is no function.
 _IMPORTS = {live.__name__: live for live in (_LIVE[id(home)] for home in (math, np, itertools, operator))}
