@@ -173,7 +173,7 @@ def _built(
     for graph, capture in zip(graphs, info.captures, strict=False):
         if graph is not None:
             tell_data_from_sizes(graph, capture.tape)
-    traced = TracedModule.build(root, *graphs, info, info.model)
+    traced = TracedModule.build(root, graphs, info, info.model)
     if info.follows is not None or any(map(decides_by_sizes, traced.graphs())):
         traced.variants = Variants(Recapture(again, model), written(info, "parameter"))
     return traced

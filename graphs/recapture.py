@@ -18,11 +18,12 @@ from chase_fx.errors import CaptureError, ChaseError
 from chase_fx.graphs.attempts import copy_of
 from chase_fx.graphs.autocast import casts
 from chase_fx.graphs.duplicate import copied, duplicate
+from chase_fx.graphs.forwards import forward_of
 from chase_fx.graphs.modes import FLAG, TrainingFlag
 from chase_fx.graphs.opaque import Rebuild
 from chase_fx.graphs.precision import Change, compare, in_precision
 from chase_fx.graphs.shadows import given_path
-from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of, forward_of
+from chase_fx.graphs.traced import TracedModule, TraceInfo, capture_of
 from chase_fx.graphs.variants import Variant
 from chase_fx.graphs.walk import buffers_in, modules_of, parameters_in
 

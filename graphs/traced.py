@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
-from torch.fx.graph_module import _forward_from_src
+from torch.fx.experimental import _config as fx_config
 
-from chase_fx.errors import ArgumentError, CaptureError
-from chase_fx.graphs.autocast import casts, preserved_modes
+from chase_fx.errors import ArgumentError
 from chase_fx.graphs.branches import nested_code, python_code
 from chase_fx.graphs.duplicate import duplicate
-from chase_fx.graphs.enabled import enables
 from chase_fx.graphs.expected import expect_order
+from chase_fx.graphs.forwards import Texts, by_mode, compiled, has_regions, preserving, without_code
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
@@ -26,13 +24,13 @@ from chase_fx.graphs.precision import Change
 from chase_fx.graphs.recurrent import join_weights
 from chase_fx.graphs.shadows import graph_path, show_shadowed
 from chase_fx.graphs.tape import Slot, Tape
-from chase_fx.graphs.variants import Forward, Variants, by_sizes
+from chase_fx.graphs.variants import Variants, by_sizes
 from chase_fx.graphs.walk import modules_of, parameters_in
 
 if TYPE_CHECKING:
     from chase_fx.graphs.plan import PruningPlan
 
-__all__ = ["Capture", "OutputLeaf", "TraceInfo", "TracedModule", "capture_of", "decides_by_sizes", "forward_of"]
+__all__ = ["Capture", "OutputLeaf", "TraceInfo", "TracedModule", "capture_of", "decides_by_sizes"]
 
 # What makes up the state of an nn.Module, apart from attributes that only the original forward reads.
 _MODULE_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
@@ -95,40 +93,64 @@ class TracedModule(GraphModule):
     train_graph: Graph | None = None
     info: TraceInfo | None = None
     variants: Variants
+    texts: Texts = {}  # noqa: RUF012  (never written to)
 
     @classmethod
     def build(
-        cls, root: nn.Module, graph: Graph, train_graph: Graph | None, info: TraceInfo, class_name: str
+        cls,
+        root: nn.Module,
+        graphs: tuple[Graph, Graph | None],
+        info: TraceInfo,
+        class_name: str,
+        like: TracedModule | None = None,
     ) -> TracedModule:
-        """A module that runs ``graph`` on the parameters and submodules of ``root``, which it takes over."""
+        """A module that runs ``graphs`` on the parameters and submodules of ``root``, which it takes over.
+
+        Those that read as the graphs of the module ``like`` are not compiled again.
+        """
         module = cls(nn.Module(), Graph(), class_name)
         for name in _MODULE_STATE:
             module.__dict__[name] = root.__dict__[name]
         show_shadowed(module)
         join_weights(module)  # whoever made the root copied or cut its tensors one by one
         module.__dict__["info"] = info
-        module.__dict__["train_graph"] = train_graph
-        for g in (graph, train_graph):
+        module.__dict__["train_graph"] = graphs[1]
+        module.__dict__["texts"] = {} if like is None else like.texts
+        for g in graphs:
             if g is not None:
                 g.owning_module = module
         assigned: Any = GraphModule.graph  # nn.Module would take the assignment for one to a child of that name
-        assigned.fset(module, graph)
+        assigned.fset(module, graphs[0])
         return module
 
     def recompile(self) -> Any:
         """Regenerate ``forward`` from the graphs. Graphs for other sizes are those of the graph before, and go."""
-        with nested_code(self.graph):
-            code = super().recompile()
+        if not len(self.graph.nodes):  # ``build`` makes it, which has another graph for it
+            return None
+        cls = type(self)
+        if fx_config.enrich_profiler_metadata:  # the text then names its file, which FX gives it
+            with nested_code(self.graph):
+                code = super().recompile()
+            own = {code.src: cls.forward}
+        else:
+            code = python_code(self.graph)
+            own = {code.src: compiled(code, self.texts)}
+            with without_code(self.graph, code):
+                super().recompile()
+            self.__dict__["_code"] = code.src
+        evaluate, train = own[code.src], None
+        if self.train_graph is not None:
+            other = python_code(self.train_graph)
+            train = own[other.src] = compiled(other, self.texts)
+        self.__dict__["texts"] = own
         if "variants" in self.__dict__:
             self.variants.forget(self)
         self.__dict__["variants"] = Variants()
-        cls = type(self)
-        error = self.info.train_error if self.info is not None else None
-        cls.forward = _with_train_mode(cls.forward, self.train_graph, error, FLAG)
+        cls.forward = by_mode(evaluate, train, self.info.train_error if self.info is not None else None, FLAG)
         if (self.info is not None and self.info.follows is not None) or any(map(decides_by_sizes, self.graphs())):
             cls.forward = by_sizes(cls.forward)
-        if any(casts(graph) or enables(graph) for graph in self.graphs()):
-            cls.forward = _preserving(cls.forward)
+        if any(map(has_regions, self.graphs())):
+            cls.forward = preserving(cls.forward)
         return code
 
     def train(self, mode: bool = True) -> Self:
@@ -192,7 +214,8 @@ class TracedModule(GraphModule):
             root.__dict__[name] = duplicate(self.__dict__[name], memo)
         assert self.info is not None
         train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
-        new = TracedModule.build(root, copy.deepcopy(self.graph), train, self.info, type(self).__name__)
+        graphs = (copy.deepcopy(self.graph), train)
+        new = TracedModule.build(root, graphs, self.info, type(self).__name__, like=self)
         memo[id(self)] = new
         new.__dict__["variants"] = copy.copy(self.variants)
         new.__dict__["meta"] = dict(self.__dict__["meta"])
@@ -210,9 +233,8 @@ def _unpickle(
 ) -> TracedModule:
     root = nn.Module()
     root.__dict__.update(state)
-    graph, train = (None if flat is None else restore(flat) for flat in graphs)
-    assert graph is not None
-    new = TracedModule.build(root, graph, train, info, class_name)
+    restored = (restore(graphs[0]), None if graphs[1] is None else restore(graphs[1]))
+    new = TracedModule.build(root, restored, info, class_name)
     new.__dict__.update(extras)
     return new
 
@@ -220,50 +242,6 @@ def _unpickle(
 def decides_by_sizes(graph: Graph) -> bool:
     """Whether a graph refuses some sizes, or an order of keyword arguments, that the model may take."""
     return any(node.target is check or (node.target is expect_order and len(node.args[1]) > 1) for node in graph.nodes)
-
-
-def forward_of(graphs: Sequence[Graph], train_error: str | None, flag: str) -> Forward:
-    """The code of the graphs of one capture, the one in eval mode first; module ``flag`` tells which of two runs."""
-    forward = _with_train_mode(_compile(graphs[0]), graphs[1] if len(graphs) > 1 else None, train_error, flag)
-    return _preserving(forward) if any(casts(graph) or enables(graph) for graph in graphs) else forward
-
-
-def _compile(graph: Graph) -> Forward:
-    code = python_code(graph)
-    forward: Forward = _forward_from_src(code.src, code.globals, {})
-    return forward
-
-
-def _with_train_mode(evaluate: Forward, train: Graph | None, train_error: str | None, flag: str) -> Forward:
-    if train_error is not None:
-        return _by_mode(evaluate, _refusal(train_error), lambda module: module.training)
-    if train is not None:
-        return _by_mode(evaluate, _compile(train), lambda module: getattr(module, flag)())
-    return evaluate
-
-
-def _preserving(run: Forward) -> Forward:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return run(self, *args, **kwargs)
-        with preserved_modes():
-            return run(self, *args, **kwargs)
-
-    return forward
-
-
-def _refusal(train_error: str) -> Forward:
-    def refuse(_module: nn.Module, *_args: Any, **_kwargs: Any) -> Any:
-        raise CaptureError(f"this graph has no train mode: {train_error}")
-
-    return refuse
-
-
-def _by_mode(evaluate: Forward, train: Forward, trains: Callable[[nn.Module], bool]) -> Forward:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return train(self, *args, **kwargs) if trains(self) else evaluate(self, *args, **kwargs)
-
-    return forward
 
 
 def capture_of(module: torch.nn.Module) -> TraceInfo:

@@ -53,12 +53,13 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     for module in root.modules():
         resize(module, info.leaves)
     graphs = cut.graphs(traced, root)
-    slim = TracedModule.build(root, graphs[0], graphs[1] if len(graphs) > 1 else None, info, info.model)
+    slim = TracedModule.build(root, (graphs[0], graphs[1] if len(graphs) > 1 else None), info, info.model, like=traced)
     slim.__dict__["plan"] = plan
     if isinstance(traced.variants.recapture, Recapture):
         slim.variants = Variants(SlimRecapture(traced.variants.recapture, channels), traced.variants.writes)
-    for graph in slim.graphs():
-        graph.lint()
+    if slim.texts.keys() != traced.texts.keys():
+        for graph in slim.graphs():
+            graph.lint()
     return slim
 
 
