@@ -12,6 +12,10 @@ from torch import nn
 
 __all__ = ["caller_of", "forwards", "holds_code"]
 
+# Where torch makes a function for each operator that has a derivative in Python: there are hundreds, and only the
+# operator applies them, whose call is what a recording sees.
+_OF_OPERATORS = "torch._library.autograd"
+
 
 @functools.cache
 def caller_of(cls: Any) -> Callable[..., Any]:
@@ -26,14 +30,14 @@ def caller_of(cls: Any) -> Callable[..., Any]:
 
 
 def forwards(call: Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[tuple[Any, str, Any]]:
-    """(class, ``"forward"``, replacement) for every autograd function there is.
+    """(class, ``"forward"``, replacement) for every autograd function that a model may apply.
 
     The replacement is ``call(class, run, args)`` with the arguments that the function was applied to.
     """
     todo: list[Any] = [torch.autograd.Function]
     while todo:
         todo += (cls := todo.pop()).__subclasses__()
-        if isinstance(cls.__dict__.get("forward"), staticmethod):
+        if cls.__module__ != _OF_OPERATORS and isinstance(cls.__dict__.get("forward"), staticmethod):
             yield cls, "forward", staticmethod(_forward(cls, cls.__dict__["forward"].__func__, call))
 
 

@@ -8,6 +8,7 @@ So is a call of a module with hooks that keep something for the forward.
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from chase_fx.graphs.walk import Modules
 __all__ = ["Given"]
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+_CHANGING = (list, dict, set)
 
 
 class Given:
@@ -38,7 +40,7 @@ class Given:
         self._keeping = keeping((m for _, m in modules), functions)
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings = {id(m): (m, {k: _copy(v) for k, v in _own(m).items()}) for _, m in modules}
-        self._sizes = {id(m): _size(m) for _, m in modules}
+        self._values = {id(m): _values(m) for _, m in modules}
 
     def stays(self, module: nn.Module) -> bool:
         """Whether the graph may call ``module`` as it is: not where its class does more around such a call."""
@@ -59,15 +61,10 @@ class Given:
         )
 
     def _is_untouched(self, module: nn.Module) -> bool:
-        """Whether its settings are the same objects: nearly always, so this is asked first."""
-        found = module.__dict__
-        if _size(module) != self._sizes[id(module)]:
-            return False
-        # Its mode is taken away during a capture.
-        return all(
-            found.get(name, found) is value or (name == "training" and name not in found)
-            for name, value in self._settings[id(module)][1].items()
-        )
+        """Whether its attributes are the same objects, none of which changes: nearly always, so this is asked first."""
+        before = self._values[id(module)]
+        now = module.__dict__ if "training" not in module.__dict__ else _without_mode(module)
+        return len(now) == len(before) and all(map(operator.is_, now.values(), before))
 
     def _has_settings(self, module: nn.Module) -> bool:
         settings, found = self._settings[id(module)][1], module.__dict__
@@ -83,19 +80,26 @@ class Given:
 
     def restore(self, module: nn.Module) -> None:
         """Give ``module`` its settings back."""
-        if not self.still(module):
-            for name in _own(module):
-                del module.__dict__[name]
-            module.__dict__.update(self._settings[id(module)][1])
+        for name in _own(module):
+            del module.__dict__[name]
+        module.__dict__.update(self._settings[id(module)][1])
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
 
 
-def _size(module: nn.Module) -> int:
-    """How many attributes it has besides its mode."""
-    return len(module.__dict__) - ("training" in module.__dict__)
+def _values(module: nn.Module) -> tuple[Any, ...]:
+    """Its attributes but for its mode, which is taken away during a capture; none where one can change inside."""
+    if any(type(value) in _CHANGING and name not in _OF_MODULES for name, value in module.__dict__.items()):
+        return ()
+    return tuple(_without_mode(module).values())
+
+
+def _without_mode(module: nn.Module) -> dict[str, Any]:
+    found = dict(module.__dict__)
+    found.pop("training", None)
+    return found
 
 
 def _tensors(module: nn.Module) -> list[int]:
@@ -103,7 +107,7 @@ def _tensors(module: nn.Module) -> list[int]:
 
 
 def _copy(value: Any) -> Any:
-    return type(value)(value) if type(value) in (list, dict, set) else value
+    return type(value)(value) if type(value) in _CHANGING else value
 
 
 def _same(a: Any, b: Any) -> bool:

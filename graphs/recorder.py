@@ -125,9 +125,9 @@ class Recorder(Inside):
             for attributes, name, value in replaced:
                 attributes[name] = plain(attributes.get(name, value)) if type(value) is float else value
             for _, module in self.modules:
-                module.__dict__.setdefault("training", training[id(module)])
-                if is_leaf(module, self.leaves) or may_be_leaf(module):
+                if not self.given.still(module) and (is_leaf(module, self.leaves) or may_be_leaf(module)):
                     self.given.restore(module)
+                module.__dict__.setdefault("training", training[id(module)])
 
     def _module_patches(self, training: dict[int, bool]) -> list[Patch]:
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from types import FunctionType
 from typing import Any, Protocol
@@ -87,9 +87,9 @@ def _other(value: Any) -> Any:
     return type(value)(map(_other, value)) if type(value) in (tuple, list, torch.Size) else value
 
 
-def forget(root: nn.Module, attributes: Iterable[tuple[str, str]]) -> None:
+def forget(root: nn.Module, attributes: Collection[tuple[str, str]]) -> None:
     """Let what ``root`` remembers in these attributes be of sizes that no input has."""
-    modules = dict(modules_of(root))
+    modules = dict(modules_of(root)) if attributes else {}
     for owner, name in attributes:
         vars(modules[owner])[name] = _other(vars(modules[owner])[name])
 
@@ -109,7 +109,7 @@ def remade(run: Run, model: nn.Module, attributes: Attributes) -> Attributes:
         model: the model that remembers.
         attributes: what may be its memory.
     """
-    modules = dict(modules_of(model))
+    modules = dict(modules_of(model)) if attributes else {}
     while attributes:
         try:
             with torch.no_grad():

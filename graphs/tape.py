@@ -70,7 +70,7 @@ class TapedOp:
     own_sizes: bool = False  # inside an autograd function, which computes its sizes itself
     sizes: Sizes = ()  # of a view or copies: what each size was computed from; None for -1
     mapped: int = 0  # of a factory inside a vmap: how many of its sizes, in front, are those that the vmap runs over
-    read: tuple[Slot, ...] | None = None  # every tensor argument in order, once somebody asked
+    read: tuple[Slot, ...] | None = None  # every tensor argument in order, once known
 
     def __getstate__(self) -> dict[str, Any]:
         """An operator does not pickle, its name does."""
@@ -262,9 +262,14 @@ class TapeMode(TorchDispatchMode):
         if func.namespace == "prim":  # a fake tensor asked for its device
             return func(*args, **kwargs)
         tape = self.tape
-        taped_args = _replace(args, tape.operand)
-        taped_kwargs = _replace(kwargs, tape.operand) if kwargs else {}
-        op = TapedOp(func, taped_args, taped_kwargs, ())
+        read: list[Slot] = []
+
+        def operand(tensor: torch.Tensor) -> Slot:
+            read.append(slot := tape.operand(tensor))
+            return slot
+
+        op = TapedOp(func, _replace(args, operand), _replace(kwargs, operand) if kwargs else {}, ())
+        op.read = tuple(read)
         dependence: tuple[set[int], ...] = ()
         try:
             # Where C code calls an operator (at the end of a vmap) modes of the torch API are on, and would see this.

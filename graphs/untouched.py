@@ -39,10 +39,10 @@ def check_untouched(model: nn.Module, before: Mapping[str, list[Any]], copy: nn.
     Raises:
         CaptureError: it does.
     """
-    modules, copies = dict(modules_of(model)), dict(modules_of(copy))
-    for path, tensors in held_tensors(model).items():
-        if [id(tensor) for tensor in tensors] == [id(tensor) for tensor in before.get(path, [])]:
-            continue
+    now = held_tensors(model)
+    changed = [path for path in now if list(map(id, now[path])) != list(map(id, before.get(path, [])))]
+    modules, copies = (dict(modules_of(root)) if changed else {} for root in (model, copy))
+    for path in changed:
         owner, _, name = path.rpartition(".")
         if owner not in copies or copies[owner].__dict__.get(name) is not modules[owner].__dict__[name]:
             raise CaptureError(
