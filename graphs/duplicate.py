@@ -1,4 +1,4 @@
-"""Deep copies of module trees, at a fraction of ``copy.deepcopy``'s time and without copying the weights.
+"""Deep copies of module trees and graphs, at a fraction of ``copy.deepcopy``'s time, and of weights on write.
 
 A model is copied by ``trace`` and again by ``rewrite``, and neither copy is written to in between. So tensors are
 copied on write (``torch._lazy_clone``): a copy takes no memory until one of the two is written to. Modules are
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph, Node, map_arg
 
-__all__ = ["copied", "duplicate"]
+__all__ = ["copied", "copied_graph", "duplicate"]
 
 _ATOMIC = frozenset(
     {
@@ -182,6 +183,20 @@ def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(lazy, requires_grad=tensor.requires_grad)
     return lazy.requires_grad_(tensor.requires_grad)
+
+
+def copied_graph(graph: Graph) -> Graph:
+    """What ``copy.deepcopy(graph)`` gives. FX would look through the arguments of each node for numbers of its own."""
+    new = Graph(tracer_cls=graph._tracer_cls)
+    twins: dict[Node, Node] = {}
+    for node in graph.nodes:
+        twin = twins[node] = new.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        twin.args = map_arg(node.args, twins.__getitem__)
+        if node.kwargs:
+            twin.kwargs = map_arg(node.kwargs, twins.__getitem__)
+        twin.meta = copy.copy(node.meta)
+    new._codegen = copy.deepcopy(graph._codegen)
+    return new
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:

@@ -62,8 +62,11 @@ class Given:
 
     def _is_untouched(self, module: nn.Module) -> bool:
         """Whether its attributes are the same objects, none of which changes: nearly always, so this is asked first."""
-        before = self._values[id(module)]
-        now = module.__dict__ if "training" not in module.__dict__ else _without_mode(module)
+        before, now = self._values[id(module)], module.__dict__
+        if "training" in now:
+            if now["training"] is not self.mode(module):
+                return False
+            now = _without_mode(module)
         return len(now) == len(before) and all(map(operator.is_, now.values(), before))
 
     def _has_settings(self, module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.fx.experimental import _config as fx_config
 
 from chase_fx.errors import ArgumentError
 from chase_fx.graphs.branches import nested_code, python_code
-from chase_fx.graphs.duplicate import duplicate
+from chase_fx.graphs.duplicate import copied_graph, duplicate
 from chase_fx.graphs.expected import expect_order
 from chase_fx.graphs.forwards import Texts, by_mode, compiled, has_regions, preserving, without_code
 from chase_fx.graphs.guards import check
@@ -213,8 +213,7 @@ class TracedModule(GraphModule):
         for name in _MODULE_STATE:
             root.__dict__[name] = duplicate(self.__dict__[name], memo)
         assert self.info is not None
-        train = copy.deepcopy(self.train_graph) if self.train_graph is not None else None
-        graphs = (copy.deepcopy(self.graph), train)
+        graphs = (copied_graph(self.graph), None if self.train_graph is None else copied_graph(self.train_graph))
         new = TracedModule.build(root, graphs, self.info, type(self).__name__, like=self)
         memo[id(self)] = new
         new.__dict__["variants"] = copy.copy(self.variants)

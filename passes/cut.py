@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from chase_fx.graphs.branches import BEGINNINGS, join, otherwise
 from chase_fx.graphs.calls import call_name
 from chase_fx.graphs.channels import ChannelGraph
 from chase_fx.graphs.deadcode import remove_dead_nodes
+from chase_fx.graphs.duplicate import copied_graph
 from chase_fx.graphs.plan import Indices, PruningPlan
 from chase_fx.graphs.provenance import tell_data_from_sizes
 from chase_fx.graphs.rules.base import Facts, Labels
@@ -159,7 +159,7 @@ def _rewrite_graph(
     buffers: _Buffers,
     sizes: _ModuleSizes,
 ) -> Graph:
-    new = copy.deepcopy(graph)
+    new = copied_graph(graph)
     slots = channels.labelling.slots[capture]
     facts = channels.labelling.facts[capture]
 
