@@ -39,8 +39,15 @@ class Given:
         self.apart = False
         self._keeping = keeping((m for _, m in modules), functions)
         self._tensors = {id(m): _tensors(m) for _, m in modules}
-        self._settings = {id(m): (m, {k: _copy(v) for k, v in _own(m).items()}) for _, m in modules}
-        self._values = {id(m): _values(m) for _, m in modules}
+        self._settings: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._values: dict[int, tuple[Any, ...]] = {}
+        for _, module in modules:
+            own = _own(module)
+            copies = {name: type(value)(value) for name, value in own.items() if type(value) in _CHANGING}
+            self._settings[id(module)] = module, {**own, **copies}
+            # All of its attributes but for its mode, which is taken away during a capture. A container that changes
+            # stays the same object.
+            self._values[id(module)] = () if copies else tuple(_without_mode(module).values())
 
     def stays(self, module: nn.Module) -> bool:
         """Whether the graph may call ``module`` as it is: not where its class does more around such a call."""
@@ -61,7 +68,7 @@ class Given:
         )
 
     def _is_untouched(self, module: nn.Module) -> bool:
-        """Whether its attributes are the same objects, none of which changes: nearly always, so this is asked first."""
+        """Whether its attributes are the same objects: nearly always, so this is asked first."""
         before, now = self._values[id(module)], module.__dict__
         if "training" in now:
             if now["training"] is not self.mode(module):
@@ -92,13 +99,6 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
 
 
-def _values(module: nn.Module) -> tuple[Any, ...]:
-    """Its attributes but for its mode, which is taken away during a capture; none where one can change inside."""
-    if any(type(value) in _CHANGING and name not in _OF_MODULES for name, value in module.__dict__.items()):
-        return ()
-    return tuple(_without_mode(module).values())
-
-
 def _without_mode(module: nn.Module) -> dict[str, Any]:
     found = dict(module.__dict__)
     found.pop("training", None)
@@ -107,10 +107,6 @@ def _without_mode(module: nn.Module) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> list[int]:
     return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
-
-
-def _copy(value: Any) -> Any:
-    return type(value)(value) if type(value) in _CHANGING else value
 
 
 def _same(a: Any, b: Any) -> bool:
