@@ -94,6 +94,10 @@ class Recorder(Inside):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record everything inside the block."""
+        # torch loads its compiler with the first call that is recorded, and that takes the methods which nn.Module has
+        # at that moment for those that it always has: the recorder's, with all that they hold.
+        import torch._dynamo  # noqa: F401
+
         training, self.modes = {id(m): m.training for _, m in self.modules}, {n: m.training for n, m in self.modules}
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for _, module in self.modules:  # so that reading a mode comes through __getattr__ and is noticed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -244,3 +246,22 @@ def test_a_deep_copy_is_a_clone_without_gradient() -> None:
     assert torch.equal(traced.a.weight.grad, model.a.weight.grad)
     slim = chase_fx.prune(model, x, channel_sparsity=0.5)
     assert slim.a.weight.shape == (4, 3)
+
+
+def test_what_torch_loads_in_a_first_capture_keeps_nothing_of_it() -> None:
+    """The compiler takes the methods that nn.Module has when it is loaded for those that it always has."""
+    code = (
+        "import gc, sys, weakref, torch, chase_fx\n"
+        "from torch import nn\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "traced = chase_fx.trace(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))\n"
+        "import torch._dynamo.utils as compiler\n"
+        "assert compiler.unpatched_nn_module_getattr is nn.Module.__getattr__\n"
+        "assert compiler.unpatched_nn_module_call is nn.Module.__call__\n"
+        "found = weakref.ref(traced)\n"
+        "del traced\n"
+        "gc.collect()\n"
+        "print(found() is None)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "True"
