@@ -3,7 +3,7 @@
 Both prune half of the channels at batch 1, 224 x 224, float32, by weight magnitude; scoring is part of the time on
 both sides, verification is not. Needs ``pip install torch-pruning==1.6.1``; without it only our times are shown.
 
-Run: python benchmarks/prune_time.py [--repetitions 5] [--threads 1]
+Run: python benchmarks/prune_time.py [--repetitions 15] [--threads 1]
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def exponent(times: list[float], depths: list[int]) -> float:
 def main() -> None:
     """Measure, print a table, write the numbers beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
