@@ -209,7 +209,7 @@ _written: list[tuple[str, Any]] = []
 
 
 def forget_texts() -> None:
-    """A recording begins."""
+    """A recording begins or ends."""
     _written.clear()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -265,3 +267,25 @@ def test_what_torch_loads_in_a_first_capture_keeps_nothing_of_it() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "True"
+
+
+class _Naming(nn.Module):
+    """Checks a size with a message, as layers do that embed patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[0] > 0, f"{x.shape[0]} samples")
+        return self.b(self.a(x).relu())
+
+
+def test_nothing_of_a_capture_stays_when_its_module_is_gone() -> None:
+    traced = chase_fx.trace(_Naming(), torch.zeros(3, 4))
+    slim = chase_fx.rewrite(traced, chase_fx.analyze(traced).plan(channel_sparsity=0.5))
+    dense = weakref.ref(traced.get_submodule("a"))
+    del traced
+    gc.collect()
+    assert dense() is None
+    assert slim(torch.zeros(5, 4)).shape == (5, 2)
