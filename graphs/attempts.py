@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from chase_fx.graphs.hooks import HookedError
 from chase_fx.graphs.inputs import Blank, add_inputs, faked, shapes
 from chase_fx.graphs.kernels import plain_kernels
 from chase_fx.graphs.leaves import Leaves
-from chase_fx.graphs.live import HashedError, plain
+from chase_fx.graphs.live import HashedError, forget_texts, plain
 from chase_fx.graphs.loops import DeadPlaceError, Loops, Place
 from chase_fx.graphs.modes import enter_mode
 from chase_fx.graphs.outcomes import Outcomes
@@ -194,12 +194,8 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
             f" ({shapes(bound)}){f' at {line}' if line else ''}: {e}"
         ) from e
     finally:
-        for p in trainable:
-            p.requires_grad = True
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+        forget_texts()  # the numbers hold the recorder, and that the model
+        _put_back(trainable, buffers)
     if recorder.standins is not None:
         _check(recorder, {id(buffer) for _, _, buffer, _ in buffers})
     recorder.results = tuple(tensors_in(out)) if recorder.unrolled else ()
@@ -213,6 +209,18 @@ def _once(model: nn.Module, inputs: Inputs, way: Way) -> Recorder:
     for name, rebuild in recorder.arguments.rebuilds.items():
         root.add_module(name, rebuild)
     return recorder
+
+
+def _put_back(
+    trainable: Iterable[nn.Parameter], buffers: Iterable[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]
+) -> None:
+    """The copy is as it was before the forward: which parameters are trained, and the values of buffers."""
+    for p in trainable:
+        p.requires_grad = True
+    with torch.no_grad():
+        for module, name, buffer, value in buffers:
+            buffer.copy_(value)
+            module._buffers[name] = buffer
 
 
 def captured(recorder: Recorder) -> Captured:

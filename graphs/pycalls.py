@@ -259,7 +259,6 @@ def live_calls(code: Code) -> Iterator[None]:
         finally:
             for owner, name, value in reversed(undo):
                 setattr(owner, name, value)
-            forget_texts()  # the numbers hold the recorder, and that the model
 
 
 def _of(function: types.FunctionType) -> types.CodeType:
