@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,8 +46,8 @@ def compiled(code: PythonCode, known: Texts) -> types.FunctionType:
         return made
     place = _loader.cache(code.src, code.globals)  # where tracebacks find the text
     own = found.__code__.replace(co_filename=place)
-    made = types.FunctionType(own, dict(found.__globals__), found.__name__, found.__defaults__)
-    made.__kwdefaults__, made.__annotations__ = found.__kwdefaults__, dict(found.__annotations__)
+    made = types.FunctionType(own, dict(found.__globals__), found.__name__, copy.deepcopy(found.__defaults__))
+    made.__kwdefaults__, made.__annotations__ = copy.deepcopy(found.__kwdefaults__), dict(found.__annotations__)
     return made
 
 

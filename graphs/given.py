@@ -40,14 +40,14 @@ class Given:
         self._keeping = keeping((m for _, m in modules), functions)
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
-        self._values: dict[int, tuple[Any, ...]] = {}
+        self._values: dict[int, dict[str, Any]] = {}
         for _, module in modules:
             own = _own(module)
             copies = {name: type(value)(value) for name, value in own.items() if type(value) in _CHANGING}
             self._settings[id(module)] = module, {**own, **copies}
             # All of its attributes but for its mode, which is taken away during a capture. A container that changes
             # stays the same object.
-            self._values[id(module)] = () if copies else tuple(_without_mode(module).values())
+            self._values[id(module)] = {} if copies else _without_mode(module)
 
     def stays(self, module: nn.Module) -> bool:
         """Whether the graph may call ``module`` as it is: not where its class does more around such a call."""
@@ -74,7 +74,7 @@ class Given:
             if now["training"] is not self.mode(module):
                 return False
             now = _without_mode(module)
-        return len(now) == len(before) and all(map(operator.is_, now.values(), before))
+        return list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
 
     def _has_settings(self, module: nn.Module) -> bool:
         settings, found = self._settings[id(module)][1], module.__dict__

@@ -15,7 +15,7 @@ __all__ = ["given_path", "graph_path", "show_shadowed"]
 
 _PREFIX = "_chase_own_"
 _TAKEN = frozenset(dir(GraphModule(nn.Module(), Graph()))) - frozenset(dir(nn.Module()))
-_TAKEN |= {"info", "plan", "train_graph", "graphs", "build", "channel_graphs", "variants"}
+_TAKEN |= {"info", "plan", "train_graph", "graphs", "build", "channel_graphs", "variants", "moved", "compiled_texts"}
 
 
 def graph_path(path: str) -> str:

@@ -93,7 +93,7 @@ class TracedModule(GraphModule):
     train_graph: Graph | None = None
     info: TraceInfo | None = None
     variants: Variants
-    texts: Texts = {}  # noqa: RUF012  (never written to)
+    compiled_texts: Texts = {}  # noqa: RUF012  (never written to)
 
     @classmethod
     def build(
@@ -115,7 +115,7 @@ class TracedModule(GraphModule):
         join_weights(module)  # whoever made the root copied or cut its tensors one by one
         module.__dict__["info"] = info
         module.__dict__["train_graph"] = graphs[1]
-        module.__dict__["texts"] = {} if like is None else like.texts
+        module.__dict__["compiled_texts"] = {} if like is None else like.compiled_texts
         for g in graphs:
             if g is not None:
                 g.owning_module = module
@@ -125,7 +125,7 @@ class TracedModule(GraphModule):
 
     def recompile(self) -> Any:
         """Regenerate ``forward`` from the graphs. Graphs for other sizes are those of the graph before, and go."""
-        if not len(self.graph.nodes):  # ``build`` makes it, which has another graph for it
+        if self.info is None and not len(self.graph.nodes):  # ``build`` gives it its graph when it is made
             return None
         cls = type(self)
         if fx_config.enrich_profiler_metadata:  # the text then names its file, which FX gives it
@@ -134,15 +134,15 @@ class TracedModule(GraphModule):
             own = {code.src: cls.forward}
         else:
             code = python_code(self.graph)
-            own = {code.src: compiled(code, self.texts)}
+            own = {code.src: compiled(code, self.compiled_texts)}
             with without_code(self.graph, code):
                 super().recompile()
             self.__dict__["_code"] = code.src
         evaluate, train = own[code.src], None
         if self.train_graph is not None:
             other = python_code(self.train_graph)
-            train = own[other.src] = compiled(other, self.texts)
-        self.__dict__["texts"] = own
+            train = own[other.src] = compiled(other, self.compiled_texts)
+        self.__dict__["compiled_texts"] = own
         if "variants" in self.__dict__:
             self.variants.forget(self)
         self.__dict__["variants"] = Variants()

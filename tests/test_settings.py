@@ -87,3 +87,27 @@ def test_settings_are_those_of_each_call(change: Callable[[Changing, Tensor], Te
     torch.manual_seed(0)
     assert torch.equal(traced(other), want)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), traced.buffers(), strict=True))
+
+
+class _Fresh(nn.Module):
+    """Puts an attribute of another name, which holds the same object, in the place of its last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        strength = 0.1 if self.training else 1.0
+        if hasattr(self, "fresh"):
+            del self.fresh
+            self.used = True
+            return x * 2 * strength
+        return x * 3 * strength
+
+
+def test_an_attribute_of_another_name_is_another_setting() -> None:
+    gain = _Fresh()
+    model = nn.Sequential(nn.Linear(4, 8), gain, gain, nn.Linear(8, 2)).eval()
+    x = torch.ones(1, 4)
+    traced = chase_fx.trace(model, x)
+    assert torch.equal(traced(x), model(x))
