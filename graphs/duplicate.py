@@ -186,7 +186,7 @@ def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def copied_graph(graph: Graph) -> Graph:
-    """What ``copy.deepcopy(graph)`` gives. FX would look through the arguments of each node for numbers of its own."""
+    """What ``copy.deepcopy(graph)`` gives. FX would search the arguments of each node for symbolic numbers first."""
     new = Graph(tracer_cls=graph._tracer_cls)
     twins: dict[Node, Node] = {}
     for node in graph.nodes:

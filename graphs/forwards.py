@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,10 +22,12 @@ from chase_fx.graphs.branches import python_code
 from chase_fx.graphs.enabled import enables
 from chase_fx.graphs.variants import Forward
 
-__all__ = ["Texts", "by_mode", "compiled", "forward_of", "has_regions", "preserving", "without_code"]
+__all__ = ["Texts", "by_mode", "compiled", "forward_of", "has_regions", "own_code", "preserving"]
 
-# Compiled code by its text.
+# Functions that were compiled, by their text.
 Texts = Mapping[str, types.FunctionType]
+
+_GENERATING = threading.RLock()
 
 
 def forward_of(graphs: Sequence[Graph], train_error: str | None, flag: str) -> Forward:
@@ -42,8 +45,7 @@ def compiled(code: PythonCode, known: Texts) -> types.FunctionType:
     """
     found = known.get(code.src)
     if found is None or any(found.__globals__.get(name) is not value for name, value in code.globals.items()):
-        made: types.FunctionType = _forward_from_src(code.src, code.globals, {})  # type: ignore[assignment]
-        return made
+        return cast("types.FunctionType", _forward_from_src(code.src, code.globals, {}))
     place = _loader.cache(code.src, code.globals)  # where tracebacks find the text
     own = found.__code__.replace(co_filename=place)
     made = types.FunctionType(own, dict(found.__globals__), found.__name__, copy.deepcopy(found.__defaults__))
@@ -52,13 +54,15 @@ def compiled(code: PythonCode, known: Texts) -> types.FunctionType:
 
 
 @contextmanager
-def without_code(graph: Graph, code: PythonCode) -> Iterator[None]:
-    """Whoever compiles the code of ``graph`` inside the block, is given ``code`` without its text."""
-    graph.__dict__["python_code"] = lambda **_: replace(code, src="def forward(self): ...")
-    try:
-        yield
-    finally:
-        del graph.__dict__["python_code"]
+def own_code(graph: Graph) -> Iterator[PythonCode]:
+    """The code of ``graph``; FX, told to compile it inside the block, is given none: that would be done twice."""
+    with _GENERATING:
+        code = python_code(graph)
+        graph.__dict__["python_code"] = lambda **_: replace(code, src="def forward(self): ...")
+        try:
+            yield code
+        finally:
+            del graph.__dict__["python_code"]
 
 
 def has_regions(graph: Graph) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["caller_of", "forwards", "holds_code"]
+__all__ = ["caller_of", "forward_patches", "holds_code"]
 
 # Where torch makes a function for each operator that has a derivative in Python: there are hundreds, and only the
 # operator applies them, whose call is what a recording sees.
@@ -29,7 +29,7 @@ def caller_of(cls: Any) -> Callable[..., Any]:
     return call
 
 
-def forwards(call: Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[tuple[Any, str, Any]]:
+def forward_patches(call: Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[tuple[Any, str, Any]]:
     """(class, ``"forward"``, replacement) for every autograd function that a model may apply.
 
     The replacement is ``call(class, run, args)`` with the arguments that the function was applied to.

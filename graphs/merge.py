@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ class _Differences:
             return {k: self(a[k], b[k]) for k in a}
         if isinstance(a, slice) and isinstance(b, slice):
             return slice(self(a.start, b.start), self(a.stop, b.stop), self(a.step, b.step))
-        if type(a) is type(b) and a == b:
+        if type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))):
             return a
         if isinstance(a, (bool, int, float)) and isinstance(b, (bool, int, float)):
             self.found = True

@@ -7,6 +7,7 @@ Nothing is proxied: the model runs on its real tensors, so all Python control fl
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
 import sys
 import types
@@ -26,7 +27,7 @@ from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import DATA_SIZED, call_name, is_in_place
 from chase_fx.graphs.copies import deep_copies
 from chase_fx.graphs.freed import setting
-from chase_fx.graphs.functions import caller_of, forwards, holds_code
+from chase_fx.graphs.functions import caller_of, forward_patches, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.hooks import check_backward_hooks
@@ -96,8 +97,7 @@ class Recorder(Inside):
         """Record everything inside the block."""
         # torch loads its compiler with the first call that is recorded, and that takes the methods which nn.Module has
         # at that moment for those that it always has: the recorder's, with all that they hold.
-        import torch._dynamo  # noqa: F401
-
+        importlib.import_module("torch._dynamo")
         training, self.modes = {id(m): m.training for _, m in self.modules}, {n: m.training for n, m in self.modules}
         hidden = [m for m in dict.fromkeys(m for _, m in self.modules) if not is_leaf(m, self.leaves)]
         for _, module in self.modules:  # so that reading a mode comes through __getattr__ and is noticed
@@ -179,7 +179,7 @@ class Recorder(Inside):
 
         own = [setting(lambda: recorder._active and not transformed(), recorder.let_go), without_inference_mode()]
         own.append(deep_copies(lambda: recorder._active and not transformed()))
-        return [*own, (torch.autograd.Function, "apply", classmethod(apply)), *forwards(self._run_forward)]
+        return [*own, (torch.autograd.Function, "apply", classmethod(apply)), *forward_patches(self._run_forward)]
 
     def _whole_patches(self) -> list[Patch]:
         recorder = self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from chase_fx.errors import ArgumentError
 from chase_fx.graphs.branches import nested_code, python_code
 from chase_fx.graphs.duplicate import copied_graph, duplicate
 from chase_fx.graphs.expected import expect_order
-from chase_fx.graphs.forwards import Texts, by_mode, compiled, has_regions, preserving, without_code
+from chase_fx.graphs.forwards import Texts, by_mode, compiled, has_regions, own_code, preserving
 from chase_fx.graphs.guards import check
 from chase_fx.graphs.leaves import Leaves
 from chase_fx.graphs.modes import FLAG, Modes, set_modes
@@ -93,7 +94,7 @@ class TracedModule(GraphModule):
     train_graph: Graph | None = None
     info: TraceInfo | None = None
     variants: Variants
-    compiled_texts: Texts = {}  # noqa: RUF012  (never written to)
+    compiled_texts: Texts = MappingProxyType({})
 
     @classmethod
     def build(
@@ -133,10 +134,9 @@ class TracedModule(GraphModule):
                 code = super().recompile()
             own = {code.src: cls.forward}
         else:
-            code = python_code(self.graph)
-            own = {code.src: compiled(code, self.compiled_texts)}
-            with without_code(self.graph, code):
+            with own_code(self.graph) as code:
                 super().recompile()
+            own = {code.src: compiled(code, self.compiled_texts)}
             self.__dict__["_code"] = code.src
         evaluate, train = own[code.src], None
         if self.train_graph is not None:

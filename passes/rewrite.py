@@ -57,6 +57,7 @@ def rewrite(traced: TracedModule, plan: PruningPlan) -> TracedModule:
     slim.__dict__["plan"] = plan
     if isinstance(traced.variants.recapture, Recapture):
         slim.variants = Variants(SlimRecapture(traced.variants.recapture, channels), traced.variants.writes)
+    # Where the plan left the text as it was there is nothing new to check.
     if slim.compiled_texts.keys() != traced.compiled_texts.keys():
         for graph in slim.graphs():
             graph.lint()

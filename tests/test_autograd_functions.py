@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import chase_fx
-from chase_fx.graphs.functions import forwards
+from chase_fx.graphs.functions import forward_patches
 from tests.nets import Net
 
 
@@ -160,7 +160,7 @@ def test_a_single_kept_channel_is_not_squeezed(step: Callable[[Tensor], Tensor])
 
 def test_functions_that_torch_makes_for_operators_are_left_alone() -> None:
     """Only the operator applies them; there are hundreds, and a capture would replace the forward of each."""
-    found = [cls for cls, _, _ in forwards(lambda *_: None)]
+    found = [cls for cls, _, _ in forward_patches(lambda *_: None)]
     assert _Straight in found
     assert any(cls.__module__ == "torch._library.autograd" for cls in torch.autograd.Function.__subclasses__())
     assert not [cls for cls in found if cls.__module__ == "torch._library.autograd"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -141,3 +142,11 @@ class Named(nn.Module):
 def test_names_and_defaults_belong_to_each_module() -> None:
     slim = _pruned(chase_fx.trace(Named(), torch.zeros(3, 4)))
     assert copy.deepcopy(slim)(torch.zeros(3, 4)).shape == slim(torch.zeros(3, 4)).shape == (3, 2)
+
+
+def test_threads_may_recompile_one_module() -> None:
+    slim = _pruned(chase_fx.trace(Scaled(), torch.zeros(3, 4)))
+    text = slim.code
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: slim.recompile().src, range(200)))
+    assert set(codes) == {text}

@@ -168,3 +168,24 @@ def test_the_mode_of_a_layer_that_its_parent_reads(kind: str) -> None:
             torch.manual_seed(0)
             results.append(module(x))
         assert torch.equal(*results)
+
+
+class _Unset(nn.Module):
+    """A default that is not equal to itself, beside what depends on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, fill: float = float("nan")) -> torch.Tensor:
+        return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+
+def test_a_default_that_is_no_number_is_the_same_in_both_modes() -> None:
+    model, x = _Unset(), torch.ones(3, 4)
+    slim = chase_fx.prune(model.eval(), x)
+    assert torch.equal(slim(x), slim.b(slim.a(x)))
+    torch.manual_seed(0)
+    want = slim.b(nn.functional.dropout(slim.a(x), 0.5))
+    torch.manual_seed(0)
+    assert torch.equal(slim.train()(x), want)
