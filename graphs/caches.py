@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from chase_fx.graphs.live import is_live
+from chase_fx.graphs.pyoperators import fixing
 
 __all__ = ["Uncached", "uncached"]
 
@@ -32,8 +34,12 @@ class Uncached:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function itself for live numbers, the cached one for others."""
-        live = any(map(_holds_live, args)) or any(map(_holds_live, kwargs.values()))
-        return (self._function.__wrapped__ if live else self._function)(*args, **kwargs)
+        if not any(map(_holds_live, args)) and not any(map(_holds_live, kwargs.values())):
+            return self._function(*args, **kwargs)
+        function = self._function.__wrapped__
+        if isinstance(function, types.BuiltinFunctionType):  # it reads numbers without asking them
+            function = fixing(function)
+        return function(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         return self if instance is None else functools.partial(self, instance)

@@ -40,7 +40,7 @@ from chase_fx.graphs.pyoperators import (
     write_text,
 )
 from chase_fx.graphs.reach import Code
-from chase_fx.graphs.readers import READERS, Readers
+from chase_fx.graphs.readers import READERS, Extended, Readers, is_extension, leads_to_extension
 
 __all__ = ["live_calls"]
 
@@ -132,7 +132,10 @@ def _map(fn: Callable[..., Any], /, *items: Iterable[Any]) -> Iterator[Any]:
 
 def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """A call of a value that no global name gave, such as ``LongTensor`` after an import inside of a function."""
-    return _CALLED.get(id(fn), fn)(*args, **kwargs)
+    known = _CALLED.get(id(fn))
+    if known is None:
+        known = fixing(fn) if is_extension(fn) else fn
+    return known(*args, **kwargs)
 
 
 def _type(*args: Any, **kwargs: Any) -> Any:
@@ -228,6 +231,7 @@ _MODULES = {
 # What ``import`` inside a function gives; a class of torch is no function.
 _IMPORTS = {live.__name__: live for live in (_LIVE[id(home)] for home in (math, np, itertools, operator))}
 _floats: dict[str, Watchful] = {}  # global variables of modules
+_extensions: dict[str, Any] = {}  # functions in C that global variables name, and modules that have such
 _hooks: dict[str, Callable[..., Any]] = {}  # of imports: the one that was there, and ours around it
 _redirected: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, types.CodeType]] = WeakKeyDictionary()
 
@@ -286,7 +290,7 @@ def _names_of_live_calls(changed: set[types.CodeType]) -> Iterator[None]:
     """
     if builtins.__import__ is not _hooks.get("ours"):
         _hooks.update(original=builtins.__import__, ours=import_hook(_IMPORTS, _call))
-    names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats}
+    names = {**{_PREFIX + str(key): live for key, live in _LIVE.items()}, **_floats, **_extensions}
     vars(builtins).update(names)
     vars(builtins)["__import__"] = _hooks["ours"]
     try:
@@ -312,7 +316,7 @@ def _runs_elsewhere(codes: set[types.CodeType]) -> bool:
 def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
     """``code`` whose calls of functions in ``_LIVE`` load another name; the very same object if it has none."""
     nested = tuple(_constant(c, scope) for c in code.co_consts)
-    live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name))}
+    live = {i: new for i, name in enumerate(code.co_names) if (new := _live_name(scope, name, code))}
     same = all(a is b for a, b in zip(nested, code.co_consts, strict=True))
     names, text = list(code.co_names), bytearray(code.co_code)
     nested = redirect_calls(code, names, text, nested, _call)
@@ -326,7 +330,7 @@ def _redirect(code: types.CodeType, scope: Mapping[str, Any]) -> types.CodeType:
             continue
         called = argument & 1
         new = live[argument >> 1]
-        if not called and new not in _floats and new not in _MODULES:
+        if not called and new not in _floats and new not in _MODULES and type(_extensions.get(new)) is not Extended:
             continue
         index = names.index(new) if new in names else len(names)
         if index >= (1 << 15 if argument > 255 else 1 << 7):  # no room for a longer argument: guards have to do
@@ -349,7 +353,7 @@ def _constant(value: Any, scope: Mapping[str, Any]) -> Any:
     return Watchful(value) if type(value) is float else value
 
 
-def _live_name(scope: Mapping[str, Any], name: str) -> str | None:
+def _live_name(scope: Mapping[str, Any], name: str, code: types.CodeType) -> str | None:
     found = scope.get(name)
     if found is None:
         found = vars(builtins).get(name)
@@ -357,4 +361,13 @@ def _live_name(scope: Mapping[str, Any], name: str) -> str | None:
         name = f"{_PREFIX}float_{found!r}"
         _floats[name] = Watchful(found)
         return name
-    return _PREFIX + str(id(found)) if id(found) in _LIVE else None
+    live = _PREFIX + str(id(found))
+    if id(found) in _LIVE:
+        return live
+    if isinstance(found, types.ModuleType):
+        if not leads_to_extension(found, code.co_names):
+            return None
+        _extensions.setdefault(live, Extended(found))
+    elif found is not None and is_extension(found):
+        _extensions.setdefault(live, fixing(found))
+    return live if live in _extensions else None

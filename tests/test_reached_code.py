@@ -158,3 +158,24 @@ def test_c_code_that_reads_numbers(kind: str) -> None:
     slim = chase_fx.prune(model, torch.randn(2, 3, 7, 5).double(), channel_sparsity=0.5).eval()
     for height in (7, 9):
         assert_exact(model, slim, (torch.randn(2, 3, height, 5).double(),))
+
+
+EXTENSIONS = {
+    "name of a module": ("from scipy.fftpack import next_fast_len", "next_fast_len(s[2])"),
+    "module": ("from scipy.fft._pocketfft import pypocketfft", "pypocketfft.good_size(s[2], real=True)"),
+    "part": ("import scipy.fft._pocketfft", "scipy.fft._pocketfft.pypocketfft.good_size(s[2])"),
+    "function": ("from scipy.fft._pocketfft.pypocketfft import good_size", "good_size(s[2])"),
+    "value": ("from scipy.fft._pocketfft.pypocketfft import good_size", "[f(s[2]) for f in [good_size]][0]"),
+    "under a cache": ("import scipy.fft", "scipy.fft.next_fast_len(s[2])"),
+}
+
+
+@pytest.mark.parametrize("kind", EXTENSIONS)
+def test_extensions_read_numbers(kind: str) -> None:
+    """So does a function in C of another package, wherever its name comes from."""
+    scope: dict[str, Any] = {"__name__": __name__}
+    exec("{}\ndef number(m, s):\n    return {}".format(*EXTENSIONS[kind]), scope)
+    model = randomise(Holder(None, scope["number"]))
+    slim = chase_fx.prune(model, torch.randn(2, 3, 7, 5).double(), channel_sparsity=0.5).eval()
+    for height in (7, 11, 13):
+        assert_exact(model, slim, (torch.randn(2, 3, height, 5).double(),))
