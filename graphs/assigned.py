@@ -2,6 +2,8 @@
 
 What the forward still reads of the old tensor, and what it goes on writing to the new one, are two tensors in the model
 and one in the graph. Where that shows, the graph writes at its end instead.
+
+``weight.data = new`` gives a tensor other memory. The graph writes to the memory that there is, if nobody can tell.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from chase_fx.errors import CaptureError
-from chase_fx.graphs.tape import Slot, Tape
+from chase_fx.graphs.tape import Slot, Tape, writes_outside
 from chase_fx.graphs.walk import Modules, parameters_in
 
-__all__ = ["Assigned", "check_parameters", "replaced_buffers", "settle"]
+__all__ = ["Assigned", "NewData", "check_data", "check_parameters", "replaced_buffers", "settle"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,60 @@ def check_parameters(modules: Modules, parameters: Mapping[str, torch.Tensor]) -
                 f"the forward replaces the parameter '{path}' by another tensor, which an optimizer would not know and "
                 "a graph does not do; write to it instead"
             )
+
+
+@dataclass(frozen=True)
+class NewData:
+    """A tensor that was given the memory of another one.
+
+    Attributes:
+        owner: the tensor.
+        value: what has the new memory.
+        calls: where on the tape the graph's writes are.
+        known: how many tensors there were then.
+        source: the line.
+    """
+
+    owner: Slot
+    value: Slot
+    calls: range
+    known: int
+    source: str
+
+
+def check_data(graph: Graph, tape: Tape, assigned: Sequence[NewData]) -> None:
+    """Refuse a forward that could tell new memory from new values in the old one.
+
+    Raises:
+        CaptureError: it does.
+    """
+    own = {place for each in assigned for place in each.calls}
+    (result,) = graph.find_nodes(op="output")
+    for each in assigned:
+        kept = [node.meta["slot"] for node in result.all_input_nodes if _storage(node) == each.owner.storage]
+        if any(_is_old(slot, each) for slot in kept) or _tells(each, tape, own):
+            raise CaptureError(
+                f"the forward assigns to a tensor's property 'data' at {each.source}, and uses or writes to the old or"
+                " the new memory besides; write to the tensor instead (copy_)"
+            )
+
+
+def _is_old(slot: Slot, each: NewData) -> bool:
+    return slot.storage == each.owner.storage and slot.index < each.known and slot is not each.owner
+
+
+def _tells(each: NewData, tape: Tape, own: set[int]) -> bool:
+    memory = {each.owner.storage, each.value.storage}
+    attached = {each.owner.index}  # what a backward pass may look at again
+    for place, op in enumerate(tape.ops):
+        if place in own:
+            continue
+        if place < each.calls.start:
+            if any(slot.index in attached for slot in op.inputs()):
+                if not op.op.is_view:
+                    return True
+                if op.op is not torch.ops.aten.detach.default:
+                    attached.update(slot.index for slot in op.outs)
+        elif any(slot.storage in memory for slot in writes_outside([op])) or any(_is_old(s, each) for s in op.inputs()):
+            return True
+    return False

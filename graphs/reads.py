@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chase_fx.errors import CaptureError
-from chase_fx.graphs.assigned import Assigned, check_parameters, replaced_buffers, settle
+from chase_fx.graphs.assigned import Assigned, NewData, check_data, check_parameters, replaced_buffers, settle
 from chase_fx.graphs.counted import Counted
 from chase_fx.graphs.decisions import Decisions
 from chase_fx.graphs.live import LiveInt, fix, plain
@@ -40,6 +40,7 @@ class Reads(Decisions):
         super().__init__(root, device, standins=standins)
         self._tables: set[str] = set()  # buffers that this forward replaced by tables
         self._assigned: list[Assigned] = []
+        self._new_data: list[NewData] = []
         self._held: dict[str, torch.Tensor] = {}  # what it put in place of a buffer
 
     def _read_property(self, getter: Any, args: tuple[Any, ...]) -> Any:
@@ -73,19 +74,38 @@ class Reads(Decisions):
             self.arguments.keep_dtype(node, found)
 
     def _write_property(self, setter: Any, args: tuple[Any, ...]) -> Any:
-        """Assignments that change no value (``requires_grad``, ``data`` to itself) pass; others can't be captured."""
+        """Assignments that change no value (``requires_grad``, ``data`` to itself) pass; of others, ``data`` may."""
         name = getattr(getattr(setter, "__self__", None), "__name__", "")
-        same = name == "requires_grad"
+        same, fits = name == "requires_grad", False
         with self._paused(), torch._C.DisableTorchFunction():
             if name == "data" and len(args) > 1:
                 old, new = args[0], args[1]
-                same = old.dtype == new.dtype and old.device == new.device and old.shape == new.shape
-                same = same and old.untyped_storage()._cdata == new.untyped_storage()._cdata
-        if not same:
+                fits = old.dtype == new.dtype and old.device == new.device and old.shape == new.shape
+                layouts = [(t.untyped_storage()._cdata, t.storage_offset(), t.stride()) for t in (old, new)]
+                same = fits and layouts[0] == layouts[1] and not self._was_new(old)
+        if not same and not (fits and self._write_data(*args)):
             raise CaptureError(
                 f"the forward assigns to a tensor's property '{name}' at {source_line()}; rewrite it as an operation"
             )
         return None
+
+    def _was_new(self, owner: torch.Tensor) -> bool:
+        """Whether ``owner`` got other memory before: here it still has the old one, which the forward may give back."""
+        slot = self.tape.find(owner)
+        return any(each.owner is slot for each in self._new_data)
+
+    def _write_data(self, owner: torch.Tensor, value: torch.Tensor) -> bool:
+        """``owner.data = value`` as a write to the memory that ``owner`` has; False if it can't be one."""
+        slot = self.tape.operand(value)
+        owned = (*self.arguments.parameters.values(), *self.arguments.buffers.values())
+        if slot.storage in self.tape.given or not any(held is owner for held in owned):
+            return False
+        start = len(self.tape.ops)
+        with self:
+            torch.Tensor.detach(owner).copy_(torch.Tensor.detach(value))
+        calls = range(start, len(self.tape.ops))
+        self._new_data.append(NewData(self.tape.slot_of(owner), slot, calls, len(self.tape.slots), source_line()))
+        return True
 
     def _write_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """``self.buffer = value`` in a forward: the graph writes the value to the buffer that the module had.
@@ -142,6 +162,8 @@ class Reads(Decisions):
         """Write the forward's result."""
         end = next(iter(reversed(self.graph.nodes)))
         super().finish(out)
+        if self._new_data:
+            check_data(self.graph, self.tape, self._new_data)
         if self._assigned:
             settle(self.graph, self.tape, self._assigned, end)
 
