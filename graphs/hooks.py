@@ -18,6 +18,7 @@ from torch import nn
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.reach import REGISTRY, codes_in, is_own
+from chase_fx.graphs.walk import held_by
 
 __all__ = ["HookedError", "check_backward_hooks", "keeping"]
 
@@ -77,7 +78,7 @@ def _items(value: Any) -> Iterator[Any]:
     elif isinstance(value, (list, tuple, set)):
         yield from value if len(value) <= REGISTRY else ()
     elif is_own(type(value).__module__) and not isinstance(value, nn.Module):
-        yield from getattr(value, "__dict__", {}).values()
+        yield from held_by(value).values()
 
 
 def _holds(value: Any, parts: set[int], seen: set[int]) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.distributions.utils import lazy_property
 
-from chase_fx.graphs.walk import modules_of
+from chase_fx.graphs.walk import held_by, modules_of
 
 __all__ = ["REGISTRY", "Code", "attribute_homes", "codes_in", "is_own", "reachable_code"]
 
@@ -79,7 +79,7 @@ def _starts(value: Any, seen: set[int]) -> Iterator[Any]:
         for hook in (*value._forward_hooks.values(), *value._forward_pre_hooks.values()):
             yield from _held(hook, seen)
     tables = _TABLES if isinstance(value, nn.Module) else ()
-    for name, item in vars(value).items() if hasattr(value, "__dict__") else ():
+    for name, item in held_by(value).items():
         if type(item) in _DATA or name in tables or (type(item) is tuple and _DATA.issuperset(map(type, item))):
             continue
         yield from _held(item, seen)
@@ -264,5 +264,5 @@ def attribute_homes(module: nn.Module) -> Iterator[dict[str, Any]]:
     yield module.__dict__
     for value in module.__dict__.values():
         kind = type(value)
-        if kind.__module__ != "builtins" and type(getattr(value, "__dict__", None)) is dict and is_own(kind.__module__):
-            yield value.__dict__
+        if kind.__module__ != "builtins" and is_own(kind.__module__) and (held := held_by(value)):
+            yield held

@@ -16,6 +16,7 @@ from torch import nn
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.tape import Tape
 from chase_fx.graphs.trees import SEQUENCES
+from chase_fx.graphs.walk import held_by
 
 __all__ = ["restore", "tensors_of"]
 
@@ -56,7 +57,7 @@ def tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and not isinstance(value, (type, nn.Module)):
-        inside = value if isinstance(value, (dict, *SEQUENCES)) else getattr(value, "__dict__", {})
+        inside = value if isinstance(value, (dict, *SEQUENCES)) else held_by(value)
         for item in inside.values() if isinstance(inside, dict) else inside:
             yield from tensors_of(item, depth - 1)
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Modules", "buffers_in", "modules_of", "parameters_in"]
+__all__ = ["Modules", "buffers_in", "held_by", "modules_of", "parameters_in"]
 
 Modules = list[tuple[str, nn.Module]]
 
@@ -43,3 +44,12 @@ def buffers_in(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.Tens
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """What an object has in its ``__dict__``; its own ``__getattr__`` may fail with any error, and is not asked."""
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return held if isinstance(held, dict) else {}

@@ -39,6 +39,21 @@ class Scales:
         return 0.5 / n
 
 
+class Strict:
+    """Has no attributes, and fails with an error of its own where it is asked for one."""
+
+    __slots__ = ()
+
+    def per(self, n: int) -> float:
+        return 0.5 / n
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+STRICT = Strict()
+
+
 @dataclass
 class Config:
     scale: Callable[[int], float]
@@ -85,6 +100,7 @@ HELD: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {
     "dict of functions": ({"per": lambda n: 0.5 / n}, lambda m, s: m.held["per"](s[2])),
     "ordered dict": (OrderedDict(per=per), lambda m, s: m.held["per"](s[2])),
     "set": ({per}, lambda m, s: next(iter(m.held))(s[2])),
+    "object that is not to be asked": (None, lambda m, s: STRICT.per(s[2])),
     "dict of objects": ({"a": [Scales()]}, lambda m, s: m.held["a"][0].per(s[2])),
     "list of modules": ([Layer()], lambda m, s: m.held[0]),
     "dataclass": (Config(lambda n: 0.5 / n), lambda m, s: m.held.scale(s[2]) + m.held.per(s[3])),
