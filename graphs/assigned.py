@@ -169,16 +169,19 @@ def _is_old(slot: Slot, each: NewData) -> bool:
 
 def _tells(each: NewData, tape: Tape, own: set[int]) -> bool:
     memory = {each.owner.storage, each.value.storage}
-    attached = {each.owner.index}  # what a backward pass may look at again
+    attached: set[int] = (
+        set()
+    )  # views that a backward pass may look at again; of the tensor itself it sees the new data
     for place, op in enumerate(tape.ops):
         if place in own:
             continue
         if place < each.calls.start:
-            if any(slot.index in attached for slot in op.inputs()):
-                if not op.op.is_view:
-                    return True
+            if op.op.is_view:
                 if op.op is not torch.ops.aten.detach.default:
-                    attached.update(slot.index for slot in op.outs)
+                    seen = any(slot is each.owner or slot.index in attached for slot in op.inputs())
+                    attached.update(slot.index for slot in op.outs if seen)
+            elif any(slot.index in attached for slot in op.inputs()):
+                return True
         elif any(slot.storage in memory for slot in writes_outside([op])) or any(_is_old(s, each) for s in op.inputs()):
             return True
     return False

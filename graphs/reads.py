@@ -102,7 +102,7 @@ class Reads(Decisions):
             return False
         start = len(self.tape.ops)
         with self:
-            torch.Tensor.detach(owner).copy_(torch.Tensor.detach(value))
+            owner.data.copy_(value.detach())  # by ``data``, for autograd does not see the model's assignment either
         calls = range(start, len(self.tape.ops))
         self._new_data.append(NewData(self.tape.slot_of(owner), slot, calls, len(self.tape.slots), source_line()))
         return True
