@@ -87,7 +87,7 @@ def propagate(
                 for axis in labels[leaf.slot.index]:
                     axes.freeze(axis, cause)
     for capture, labels, facts in zip(info.captures, labelling.slots, labelling.facts, strict=True):
-        weights = [slot.index for slot in capture.tape.slots if slot.kind in ("parameter", "buffer")]
+        weights = [slot.index for slot in capture.tape.slots if slot.kind == "parameter"]
         freeze_what_stays(axes, capture.tape.ops, labels, facts, weights)
     _settle(labelling, used, info.aliases)
     return labelling

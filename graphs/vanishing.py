@@ -67,7 +67,7 @@ def freeze_what_stays(
         ops: the tape of one capture.
         labels: the labels of its tensors by slot.
         facts: what the rules noted, by position on the tape.
-        weights: the slots of the parameters and buffers.
+        weights: the slots of the parameters. Buffers are no weights: nobody puts them to zero with a unit.
     """
     doubtful = _doubtful(ops, labels, facts)
     if not doubtful:
@@ -233,11 +233,12 @@ class _Known:
             return out is op.outs[0] and self._cover([op.args[2]], atom, dims)
         operands = [s for s in op.inputs() if s.dtype.is_floating_point or s.dtype.is_complex]
         if "norm" in name and name not in _LINEAR:
-            own = [s for s in operands[1:] if atom in self.atoms_of(s)]  # gamma, beta, statistics
+            own = [s for s in operands[1:] if s.kind != "buffer" and atom in self.atoms_of(s)]  # gamma, beta
             if not own and "batch_norm" in name:  # each channel by itself: zeros have no mean and no spread
                 others = self._labels[operands[0].index]
                 apart = not any(atom in self.atoms(axis) for d, axis in enumerate(others) if d != 1)
-                return apart and self.is_zero(operands[0], atom)
+                kept = any(s.kind == "buffer" for s in operands[1:])  # statistics: zeros do not have them
+                return apart and not kept and self.is_zero(operands[0], atom)
             return out is op.outs[0] and self._cover(own, atom, dims)
         carrying = [s for s in operands if atom in self.atoms_of(s)]
         if name == "constant_pad_nd":

@@ -35,6 +35,7 @@ def net_of(step: Step) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 1))
     layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "out": nn.Linear(8, 5), "normed": normed}
+    layers["state"] = nn.BatchNorm1d(8, affine=False)
     layers["pair"] = nn.Bilinear(8, 8, 8)
     side = {"c": nn.Linear(6, 8), "d": nn.Linear(8, 5)}
     net = Net(lambda m, x: m.out(m.a(x).relu() + step(m, m.a(x))) + m.d(m.c(x).relu()), **layers, **side)
@@ -47,6 +48,9 @@ STAYS: list[Step] = [
     lambda m, y: m.b(y).sigmoid().norm(dim=-1, keepdim=True),
     lambda m, y: torch.cdist(m.b(y).exp(), y)[..., :1],
     lambda m, y: (y + torch.arange(1.0, 9.0, dtype=y.dtype)).pow(2).sum(-1, keepdim=True),
+    lambda m, y: (y + m.state.running_var).pow(2).sum(-1, keepdim=True),
+    lambda m, y: (y.cos() * m.state.running_var).sum(-1, keepdim=True),
+    lambda m, y: m.state(y.transpose(1, 2)).pow(2).sum(1)[..., None],
     lambda m, y: m.b(y).masked_fill(y <= 0, 1.0).sum(-1, keepdim=True),
     lambda m, y: pairs(y).abs().sum((-2, -1))[..., None],
     lambda m, y: (pairs(y) @ m.b.weight).relu().sum(-1).pow(2).sum(-1, keepdim=True),
