@@ -22,7 +22,18 @@ from torch.fx import Node
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.decisions import READS_DATA
-from chase_fx.graphs.draws import GENERATORS, DrawnArray, certain, decided, drawn, draws, fresh_seed, is_drawn, reseed
+from chase_fx.graphs.draws import (
+    GENERATORS,
+    OWN_GENERATORS,
+    DrawnArray,
+    certain,
+    decided,
+    drawn,
+    draws,
+    fresh_seed,
+    is_drawn,
+    reseed,
+)
 from chase_fx.graphs.guards import COMPARE
 from chase_fx.graphs.live import LiveFloat, LiveInt, plain
 from chase_fx.graphs.patches import Patch
@@ -34,8 +45,6 @@ from chase_fx.graphs.traced import OutputLeaf
 from chase_fx.graphs.whole import Function, bindings, named
 
 __all__ = ["Drawing"]
-
-_OWN_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 class Drawing(Reads):
@@ -80,10 +89,10 @@ class Drawing(Reads):
 
     def _generators_of_model(self) -> Iterator[Any]:
         for _, module in self.modules:
-            yield from (v for v in vars(module).values() if isinstance(v, _OWN_GENERATORS))
+            yield from (v for v in vars(module).values() if isinstance(v, OWN_GENERATORS))
         for function in self.code.functions:
             scope = function.__globals__
-            yield from (v for n in function.__code__.co_names if isinstance(v := scope.get(n), _OWN_GENERATORS))
+            yield from (v for n in function.__code__.co_names if isinstance(v := scope.get(n), OWN_GENERATORS))
 
     def _lose(self, what: str, line: str | None = None) -> None:
         """Numbers of the capture stay in the graph, which train mode refuses."""
@@ -113,7 +122,7 @@ class Drawing(Reads):
         patches: list[Patch] = []
         for module, home in GENERATORS.items():
             for name, function in vars(home).items():
-                if isinstance(getattr(function, "__self__", None), _OWN_GENERATORS) and not name.startswith("get"):
+                if isinstance(getattr(function, "__self__", None), OWN_GENERATORS) and not name.startswith("get"):
                     self.drawers[id(function)] = self._drawer(module, name, function)
                     patches.append((home, name, self.drawers[id(function)]))
         for home in (torch, torch.random):

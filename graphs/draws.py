@@ -25,6 +25,7 @@ from chase_fx.graphs.tape import TapedOp
 __all__ = [
     "DRAWS",
     "GENERATORS",
+    "OWN_GENERATORS",
     "DrawnArray",
     "certain",
     "decided",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 GENERATORS: dict[str, Any] = {"random": random, "numpy.random": np.random}  # what has a generator of its own
+OWN_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 # Calls that only say how the values given shape the result; by what they read, a number depends on no data.
 _MEASURES = frozenset({"size", "numel", "stride", "dim"})
 _MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}

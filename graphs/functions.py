@@ -5,27 +5,43 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["caller_of", "forward_patches", "holds_code"]
+__all__ = ["Level", "caller_of", "forward_patches", "holds_code"]
 
 # Where torch makes a function for each operator that has a derivative in Python: there are hundreds, and only the
 # operator applies them, whose call is what a recording sees.
 _OF_OPERATORS = "torch._library.autograd"
 
 
+class Level(NamedTuple):
+    """A ``torch.vmap`` around an autograd function, by its arguments."""
+
+    in_dims: tuple[Any, ...]
+    out_dims: Any
+    randomness: str
+
+
 @functools.cache
-def caller_of(cls: Any) -> Callable[..., Any]:
-    """A plain function that applies an autograd function, for ``cls.apply`` is bound to the class and has no name."""
+def caller_of(cls: Any, levels: tuple[Level, ...] = ()) -> Callable[..., Any]:
+    """A plain function that applies an autograd function, for ``cls.apply`` is bound to the class and has no name.
+
+    Args:
+        cls: the function.
+        levels: the vmaps that it is applied under, from the inside out.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
+        function = cls.apply
+        for level in levels:
+            function = torch.vmap(function, level.in_dims, level.out_dims, level.randomness)
+        return function(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
-    call.applies = cls  # type: ignore[attr-defined]  # by which it is found again when a graph is unpickled
+    call.applies = cls, levels  # type: ignore[attr-defined]  # by which it is found again when a graph is unpickled
     return call
 
 

@@ -3,19 +3,22 @@
 A leaf of the graph runs with the settings and tensors that the module has then. A forward that changes them between
 calls (``self.drop.p = 0.5``, ``self.pool.kernel_size = x.shape[2:]``, ``self.bn.eval()``, weights swapped by
 ``functional_call``) means what they are at each call, so such a call is taken apart: the graph holds what it computes.
-So is a call of a module with hooks that keep something for the forward.
+So is a call of a module with hooks that keep something for the forward, or with other hooks than it had.
 """
 
 from __future__ import annotations
 
+import enum
 import operator
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from chase_fx.graphs.hooks import HookedError, keeping
+from chase_fx.graphs.draws import OWN_GENERATORS
+from chase_fx.graphs.hooks import HookedError, forward_hooks, keeping
 from chase_fx.graphs.live import Watchful, is_live, plain
 from chase_fx.graphs.walk import Modules
 
@@ -23,6 +26,11 @@ __all__ = ["Given"]
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _CHANGING = (list, dict, set)
+# What doesn't change inside, or draws, which a leaf does by itself.
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), type, enum.Enum, torch.Size, torch.dtype, torch.device),
+    *(torch.layout, torch.memory_format, types.BuiltinFunctionType, types.ModuleType, torch.Generator, *OWN_GENERATORS),
+)
 
 
 class Given:
@@ -41,6 +49,7 @@ class Given:
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
         self._values: dict[int, dict[str, Any]] = {}
+        self._hooks = {id(m): hooks for _, m in modules if (hooks := _hooks(m))}
         for _, module in modules:
             own = _own(module)
             copies = {name: type(value)(value) for name, value in own.items() if type(value) in _CHANGING}
@@ -53,12 +62,16 @@ class Given:
         """Whether the graph may call ``module`` as it is: not where its class does more around such a call."""
         if type(module).__call__ is not nn.Module.__call__:
             return False
-        hooked = id(module) in self._keeping or (self.apart and bool(module._forward_hooks))
-        return not hooked and self.still(module)
+        hooked = id(module) in self._keeping or (self.apart and bool(forward_hooks(module)))
+        return not hooked and self.still(module) and _hooks(module) == self._hooks.get(id(module), [])
+
+    def is_plain(self, module: nn.Module) -> bool:
+        """Whether what ``module`` holds can't change but by being replaced, which :meth:`still` sees."""
+        return all(map(_is_plain, _own(module).values()))
 
     def check_hooks(self, module: nn.Module) -> None:
         """Raises :class:`HookedError` where the hooks of ``module``, which ran unseen, changed it."""
-        if module._forward_hooks and not self.still(module):
+        if forward_hooks(module) and not self.still(module):
             raise HookedError
 
     def still(self, module: nn.Module) -> bool:
@@ -107,6 +120,16 @@ def _without_mode(module: nn.Module) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> list[int]:
     return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*forward_hooks(module), *module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):
+        return not (value.__closure__ or value.__defaults__ or value.__kwdefaults__)
+    return all(map(_is_plain, value)) if type(value) is tuple else isinstance(value, _PLAIN)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ from chase_fx.errors import CaptureError
 from chase_fx.graphs.reach import REGISTRY, codes_in, is_own
 from chase_fx.graphs.walk import held_by
 
-__all__ = ["HookedError", "check_backward_hooks", "keeping"]
+__all__ = ["HookedError", "check_backward_hooks", "forward_hooks", "keeping"]
 
 _OWN = frozenset(vars(nn.Module()))
 _ATOMIC = (int, float, complex, str, bytes, type(None), type, torch.Tensor, types.FunctionType, types.ModuleType)
@@ -40,27 +40,32 @@ def check_backward_hooks(module: nn.Module, name: str) -> None:
         raise CaptureError(
             f"{repr(name) if name else 'the model'} ({type(module).__name__}) has backward hooks, and a graph calls "
             "its parts, not the module itself, so they would not run; remove them before the capture, or register them "
-            "on layers"
+            "on layers, outside of the forward"
         )
 
 
 def keeping(modules: Iterable[nn.Module], functions: Iterable[types.FunctionType]) -> frozenset[int]:
-    """The identities of those with a forward hook that can reach what the forward can.
+    """The identities of those with a hook on their forward that can reach what the forward can.
 
     Args:
         modules: those of the model; the forward can reach them, and what they have as attributes.
         functions: those that the forward may call, which may reach more by global names.
     """
     modules = list(dict.fromkeys(modules))
-    hooked = [module for module in modules if module._forward_hooks]
+    hooked = [module for module in modules if forward_hooks(module)]
     parts = _parts(modules, functions) if hooked else set()
-    return frozenset(id(m) for m in hooked if any(_holds(hook, parts, set()) for hook in m._forward_hooks.values()))
+    return frozenset(id(m) for m in hooked if any(_holds(hook, parts, set()) for hook in forward_hooks(m)))
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """What runs before and after the forward of ``module``."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def _parts(modules: list[nn.Module], functions: Iterable[types.FunctionType]) -> set[int]:
     found = {id(module) for module in modules}
     stack = [value for module in modules for name, value in vars(module).items() if name not in _OWN]
-    hooks = {id(_function(hook)) for module in modules for hook in module._forward_hooks.values()}
+    hooks = {id(_function(hook)) for module in modules for hook in forward_hooks(module)}
     stack += [value for function in functions if id(function) not in hooks for value in _globals(function)]
     while stack:
         value = stack.pop()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from chase_fx.graphs.functions import caller_of
+from chase_fx.graphs.functions import Level, caller_of
 
 __all__ = ["FlatGraph", "flatten", "from_plain", "restore", "to_plain"]
 
@@ -55,9 +55,10 @@ class _Function:
 
 @dataclass(frozen=True)
 class _Applied:
-    """The caller of a custom autograd function."""
+    """The caller of a custom autograd function, and the vmaps that it is applied under."""
 
     cls: Any
+    levels: tuple[Level, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def to_plain(value: Any, index: Mapping[Node, _Ref] = MappingProxyType({})) -> A
             if module in sys.modules and vars(sys.modules[module]).get(name) is found:
                 return _Function(module, name)
         applied = getattr(found, "applies", None) if callable(found) else None
-        return found if applied is None else _Applied(applied)
+        return found if applied is None else _Applied(*applied)
 
     return _map(value, leaf)
 
@@ -128,7 +129,7 @@ def from_plain(value: Any, nodes: Sequence[Node] = ()) -> Any:
             return operator.attrgetter(path)(getattr(torch.ops, namespace))
         if isinstance(found, _Function):
             return getattr(importlib.import_module(found.module), found.name)
-        return caller_of(found.cls) if isinstance(found, _Applied) else found
+        return caller_of(found.cls, found.levels) if isinstance(found, _Applied) else found
 
     return _map(value, leaf)
 

@@ -85,6 +85,7 @@ class Recorder(Inside):
         self.results: tuple[torch.Tensor, ...] = ()
         self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
+        self._mapped = {}
         self._leaf_reads_training = False
         self.given = Given(self.modules, self.code.functions)
         self.mode_readers: set[str] = set()
@@ -172,9 +173,8 @@ class Recorder(Inside):
             run = original.__get__(None, cls)
             if not recorder._active or transformed():
                 return run(*args, **kwargs)
-            if cls.__module__.startswith("torch._functorch"):  # what vmap made of the function that it met
-                with recorder._paused(), recorder._mapping():
-                    return run(*args, **kwargs)
+            if cls in recorder._mapped:
+                return recorder._call_mapped(cls, run, args)
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         own = [setting(lambda: recorder._active and not transformed(), recorder.let_go), without_inference_mode()]
@@ -195,9 +195,7 @@ class Recorder(Inside):
 
     def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
-        if self._active:
-            return self._call_autograd_function(cls, run, args, {})
-        return self._run_mapped(run, args)
+        return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +215,7 @@ class Recorder(Inside):
             by_mode = type(module) in self.leaves or isinstance(module, (_DropoutNd, nn.RReLU))
             return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=by_mode)
         given_tensor = len(args) >= 1 and isinstance(args[0], torch.Tensor)
-        if given_tensor and may_be_leaf(module) and self.given.stays(module):
+        if given_tensor and may_be_leaf(module) and self.given.stays(module) and self.given.is_plain(module):
             self._leaf_reads_training = False
             rng = get_rng_state()
             mark = len(self.tape.ops)
@@ -225,8 +223,11 @@ class Recorder(Inside):
                 out, start = self._run_leaf(module, original, args, kwargs)
             with torch._C.DisableTorchFunction():
                 same_shape = isinstance(out, torch.Tensor) and out.shape == args[0].shape
-            if self._leaf_reads_training and same_shape:
+            changed = not self.given.still(module)
+            if self._leaf_reads_training and same_shape and not changed:
                 return self._record_leaf(name, module, (args, kwargs), out, start, by_mode=True)
+            if changed:
+                self.given.restore(module)
             del self.tape.ops[mark:]
             set_rng_state(rng)
         if module.__dict__.get("training") is self.given.mode(module):

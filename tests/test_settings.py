@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import chase_fx
-from tests.oracle import assert_exact, randomise
+from tests.oracle import assert_exact, masked_copy, randomise
 
 
 class Changing(nn.Module):
@@ -111,3 +112,58 @@ def test_an_attribute_of_another_name_is_another_setting() -> None:
     x = torch.ones(1, 4)
     traced = chase_fx.trace(model, x)
     assert torch.equal(traced(x), model(x))
+
+
+class _Count:
+    n = 0
+
+
+class _Counting(nn.Module):
+    """Without weights, as drop-path is; what it counts is inside of what it holds."""
+
+    def __init__(self, holds: _Count | tuple[list[int], ...]) -> None:
+        super().__init__()
+        self.holds = holds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.holds, _Count):
+            self.holds.n = n = self.holds.n + 1
+        else:
+            self.holds[0][0] = n = self.holds[0][0] + 1
+        return x if self.training else x * n
+
+
+class _Toggling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.on = not self.on
+        return x * 3 if self.on and not self.training else x
+
+
+@pytest.mark.parametrize("layer", [_Counting(_Count()), _Counting(([0],)), _Toggling()])
+def test_layers_without_weights_that_change_what_they_hold(layer: nn.Module) -> None:
+    """Each call means what the layer holds then."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.layer, self.b = nn.Linear(4, 8), copy.deepcopy(layer), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(self.layer, _Toggling):
+                self.layer.on = False
+            elif isinstance(self.layer.holds, _Count):
+                self.layer.holds.n = 0
+            else:
+                self.layer.holds[0][0] = 0
+            return self.b(self.layer(self.layer(self.layer(self.a(x)).tanh()).tanh()))
+
+    model, x = Net().eval(), torch.randn(3, 4)
+    traced, slim = chase_fx.trace(copy.deepcopy(model), x), chase_fx.prune(copy.deepcopy(model), x)
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(slim(x), masked_copy(model, slim.plan.kept_indices())(x))
+    for net in (traced.train(), model.train()):
+        torch.testing.assert_close(net(x), model(x))
