@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.graph import PythonCode
+from torch.fx.graph import PythonCode, _custom_builtins
 from torch.fx.node import has_side_effect
 
 from chase_fx.graphs.guards import check_data
@@ -76,21 +76,36 @@ _INDENT = "    "
 
 
 def python_code(graph: Graph) -> PythonCode:
-    """The code of a graph, in which only one of two ways runs."""
+    """The code of a graph, in which only one of two ways runs and no argument hides a name of FX's."""
     with nested_code(graph):
         return graph.python_code(root_module="self")
 
 
 @contextmanager
 def nested_code(graph: Graph) -> Iterator[None]:
-    """Code that is generated inside the block runs only one of two ways."""
+    """Code that is generated inside the block is as :func:`python_code` gives it."""
     codegen: Any = graph._codegen
     before = codegen._body_transformer
-    codegen._body_transformer = _nested(graph)
+    nested, imports = _nested(graph), _imports(graph)
+    codegen._body_transformer = lambda body: nested(imports(body))
     try:
         yield
     finally:
         codegen._body_transformer = before
+
+
+def _imports(graph: Graph) -> Callable[[list[str]], list[str]]:
+    """Where an argument is called ``inf``, ``torch`` or alike: what FX means by it, after the argument was read."""
+    taken = [str(n.target) for n in graph.nodes if n.op == "placeholder" and n.target in _custom_builtins]
+
+    def imports(body: list[str]) -> list[str]:
+        text = "".join(body)
+        for name in taken:
+            read = re.compile(rf"^\w+ = {name}\b.*$", re.MULTILINE)
+            text = read.sub(rf"\g<0>\n{_custom_builtins[name].import_str}", text, count=1)
+        return [text]
+
+    return imports if taken else lambda body: body
 
 
 def _nested(graph: Graph) -> Callable[[list[str]], list[str]]:

@@ -15,7 +15,9 @@ __all__ = ["given_path", "graph_path", "show_shadowed"]
 
 _PREFIX = "_chase_own_"
 _TAKEN = frozenset(dir(GraphModule(nn.Module(), Graph()))) - frozenset(dir(nn.Module()))
+# What a traced or slim module has besides; it is defined where names are known already.
 _TAKEN |= {"info", "plan", "train_graph", "graphs", "build", "channel_graphs", "variants", "moved", "compiled_texts"}
+_TAKEN |= {"_dtypes", "_is_foreign"}
 
 
 def graph_path(path: str) -> str:

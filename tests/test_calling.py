@@ -71,6 +71,33 @@ def test_another_number_of_inputs_is_refused(
         traced(*more)
 
 
+@pytest.mark.parametrize("name", ["inf", "nan", "device", "torch", "pytree", "NoneType"])
+def test_arguments_with_the_names_that_generated_code_has(name: str) -> None:
+    """A graph means infinity by ``inf`` and the package by ``torch``, whatever the arguments are called."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    scope: dict[str, Any] = {}
+    source = f"""
+def forward(self, x, {name}=2.0):
+    y = F.gelu(self.a(x))
+    y = y.masked_fill(y < 0, float("-inf")).masked_fill(y < 0.1, float("nan")).nan_to_num(0.0, 0.0, 0.0)
+    return self.c(y * {name})
+"""
+    exec(source, {"F": nn.functional}, scope)
+    Model.forward = scope["forward"]
+    model = Model().double()
+    for second in (3.0, torch.full((1,), 3.0, dtype=torch.float64)):
+        traced = chase_fx.trace(model, (X, second))
+        assert torch.equal(traced(X, second), model(X, second))
+        assert torch.equal(traced(X, **{name: second}), model(X, second))
+        assert torch.equal(torch.compile(traced, backend="eager", fullgraph=True)(X, second), model(X, second))
+        assert chase_fx.prune(model, (X, second)).get_submodule("a").out_features == 4
+
+
 def test_hooks_of_the_model_itself() -> None:
     """Hooks on the root run in the capture and so are part of the graph."""
     model = net(lambda m, x: m.c(m.b(m.a(x)).relu()))

@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import chase_fx
 from chase_fx.errors import CaptureError
+from chase_fx.graphs.shadows import graph_path
 from tests.two_layers import Body
 
 
@@ -130,6 +131,16 @@ def test_children_with_names_of_a_graph_module(name: str) -> None:
         again = copy.deepcopy(slim)
         assert torch.equal(again(x), slim(x))
         assert torch.equal(torch.compile(slim, backend="eager", fullgraph=True)(x), slim(x))
+
+
+def test_every_name_of_a_traced_or_slim_module_is_shadowed() -> None:
+    """All that these have and a module of torch's has not."""
+    model, x = Body(), torch.randn(3, 4)
+    model.forward = lambda x: model.b(model.a(x))  # type: ignore[method-assign]
+    found = {name for m in (chase_fx.trace(model, x), chase_fx.prune(model, x)) for name in dir(m)}
+    found -= {*dir(nn.Module()), "a", "b", "forward"}
+    assert "train_graph" in found
+    assert [name for name in sorted(found) if graph_path(name) == name] == []
 
 
 def test_train_mode_that_fails_is_refused_in_train_mode_only() -> None:
