@@ -9,7 +9,7 @@ import torch
 
 from chase_fx.graphs.live import is_live
 
-__all__ = ["CONSTRUCTORS", "TORCH"]
+__all__ = ["CONSTRUCTORS", "TORCH", "sizes_of_new"]
 
 
 def _has_live(value: Any) -> bool:
@@ -37,6 +37,12 @@ class _Constructor:
 
     def __getattr__(self, name: str) -> Any:  # ``torch.Tensor.add(x, y)``
         return getattr(self._cls, name)
+
+
+def sizes_of_new(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The sizes in ``x.new(...)``, which is ``x.new_empty(sizes)`` then; none where it is given data."""
+    sizes = args[1] if len(args) == 2 and isinstance(args[1], torch.Size) else args[1:]
+    return tuple(sizes) if not kwargs and all(isinstance(size, int) for size in sizes) else None
 
 
 class _Torch(types.ModuleType):

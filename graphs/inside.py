@@ -12,14 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch import autograd_function, eager_transforms, vmap
+from torch._functorch import eager_transforms, vmap
 
-from chase_fx.errors import CaptureError
-from chase_fx.graphs.drawing import Drawing
-from chase_fx.graphs.functions import Level, caller_of
+from chase_fx.graphs.applied import Applied
 from chase_fx.graphs.hidden import NEW, VMAP_END, transformed
 from chase_fx.graphs.live import fix, is_live, plain
-from chase_fx.graphs.own_sizes import mark_gradients, mark_own_sizes
+from chase_fx.graphs.own_sizes import mark_gradients
 from chase_fx.graphs.patches import Patch
 from chase_fx.graphs.reads import SIZE_CALLS
 
@@ -29,14 +27,11 @@ _SIZES = (SIZE_CALLS - {"dim", "ndimension"}) | {"shape"}
 _FUNCTORCH = "torch._functorch."
 
 
-class Inside(Drawing):
+class Inside(Applied):
     """A recording of calls inside transforms."""
 
-    # What vmap made of autograd functions: of which one, over which dims and with which randomness.
-    _mapped: dict[Any, tuple[Any, tuple[Any, ...], str]]
-
     def inside_patches(self) -> list[Patch]:
-        """What tells which calls torch makes where a vmap ends, and for which vmaps it makes autograd functions."""
+        """What tells which calls torch makes where a vmap ends."""
         original = getattr(vmap, VMAP_END)
 
         def end(*args: Any) -> Any:
@@ -61,54 +56,7 @@ class Inside(Drawing):
             mark_gradients(self.tape.ops, start)
             return out
 
-        return [(vmap, VMAP_END, end), (eager_transforms, "_autograd_grad", pulled_back), self._note_vmaps()]
-
-    def _note_vmaps(self) -> Patch:
-        """What tells which function, under which vmap, torch made an autograd function of."""
-        original = autograd_function.vmapify_autograd_function
-
-        def made(function: Any, in_dims: Any, size: int, randomness: str) -> Any:
-            out = original(function, in_dims, size, randomness)
-            self._mapped[out] = function, in_dims, randomness
-            return out
-
-        return autograd_function, original.__name__, made
-
-    def _call_mapped(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """An autograd function that vmap made of one of the forward, with the numbers of the dims that it mapped.
-
-        It stays whole as any other (see :meth:`_call_autograd_function`), under the same vmaps.
-        """
-        function, given = cls, list[tuple[tuple[Any, ...], str]]()
-        while function in self._mapped:
-            function, in_dims, randomness = self._mapped[function]
-            given.insert(0, (in_dims, randomness))
-        self._need_values(args, {})
-        start = len(self.tape.ops)
-        with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
-            out = run(*args)
-        mark_own_sizes(function, args, self.tape.ops[start:])
-        results, dims = out[: -len(given)], out[-len(given) :]
-        levels = []
-        for (in_dims, randomness), out_dims in zip(given, dims, strict=True):
-            # With the dims of the numbers that the vmaps inside of this one gave.
-            found = out_dims[: len(results)] if isinstance(out_dims, tuple) else (out_dims,)
-            if any(d is not None for d in in_dims):
-                levels.append(Level(in_dims, found if isinstance(dims[0], tuple) else found[0], randomness))
-            elif any(d is not None for d in found):
-                raise CaptureError(
-                    f"under torch.vmap the autograd function {function.__name__} draws other numbers for each example, "
-                    "but it is given nothing that differs between them; draw them outside of it"
-                )
-        if not all(isinstance(t, torch.Tensor) for t in results):
-            raise CaptureError(
-                f"under torch.vmap the autograd function {function.__name__} gives something that is no tensor"
-            )
-        target = caller_of(function, tuple(levels))
-        node = self.graph.call_function(target, self.arguments.to_fx(args), {})
-        single = not isinstance(dims[0], tuple)
-        found = self._finish(node, results[0] if single else results, args, {}, start, in_place=False)
-        return *((found,) if single else found), *dims
+        return [(vmap, VMAP_END, end), (eager_transforms, "_autograd_grad", pulled_back)]
 
     def _call_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")

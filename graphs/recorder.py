@@ -25,9 +25,9 @@ from torch.random import get_rng_state, set_rng_state
 from chase_fx.graphs.autocast import Regions, preserved_modes
 from chase_fx.graphs.caches import uncached
 from chase_fx.graphs.calls import DATA_SIZED, call_name, is_in_place
+from chase_fx.graphs.constructors import sizes_of_new
 from chase_fx.graphs.copies import deep_copies
 from chase_fx.graphs.freed import setting
-from chase_fx.graphs.functions import caller_of, forward_patches, holds_code
 from chase_fx.graphs.given import Given
 from chase_fx.graphs.hidden import transformed
 from chase_fx.graphs.hooks import check_backward_hooks
@@ -36,7 +36,6 @@ from chase_fx.graphs.inside import Inside
 from chase_fx.graphs.leaves import Leaves, has_parameter, is_leaf, may_be_leaf
 from chase_fx.graphs.live import Watchful, plain
 from chase_fx.graphs.loops import Loops
-from chase_fx.graphs.own_sizes import mark_own_sizes
 from chase_fx.graphs.patches import Patch, patched
 from chase_fx.graphs.pycalls import live_calls
 from chase_fx.graphs.reach import attribute_homes, reachable_code
@@ -83,9 +82,7 @@ class Recorder(Inside):
         self.unrolled = False
         self.loops = Loops(frozenset())
         self.results: tuple[torch.Tensor, ...] = ()
-        self._inlined = False
         self._mask_of: dict[Node, torch.Tensor] = {}
-        self._mapped = {}
         self._leaf_reads_training = False
         self.given = Given(self.modules, self.code.functions)
         self.mode_readers: set[str] = set()
@@ -113,9 +110,10 @@ class Recorder(Inside):
         ]
         for attributes, name, value in replaced:
             attributes[name] = Watchful(value) if type(value) is float else self.drawers[id(value)]
-        patches = [*self._module_patches(training), *self._function_patches()]
+        patches = [*self._module_patches(training), *self.function_patches(), without_inference_mode()]
+        patches += [setting(self._records, self.let_go), deep_copies(self._records)]
         patches += uncached(self.root) if self.may_hash else ()
-        self.regions = Regions(self.arguments, lambda: self._active and not transformed())
+        self.regions = Regions(self.arguments, self._records)
         patches += [*self._whole_patches(), *draws, *self.inside_patches(), *self.regions.patches()]
         if self.standins is not None:
             self.standins.start(self.tape.slots)
@@ -133,6 +131,9 @@ class Recorder(Inside):
                 if not self.given.still(module) and (is_leaf(module, self.leaves) or may_be_leaf(module)):
                     self.given.restore(module)
                 module.__dict__.setdefault("training", training[id(module)])
+
+    def _records(self) -> bool:
+        return self._active and not transformed()
 
     def _module_patches(self, training: dict[int, bool]) -> list[Patch]:
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
@@ -164,23 +165,6 @@ class Recorder(Inside):
         new = {"__call__": call, "__getattr__": getattribute, "__setattr__": setattribute}
         return [(nn.Module, name, function) for name, function in new.items()]
 
-    def _function_patches(self) -> list[Patch]:
-        """Besides ``Function.apply`` the forward of each function: a bound ``apply`` can't be replaced."""
-        original = torch.autograd.Function.__dict__["apply"]
-        recorder = self
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            run = original.__get__(None, cls)
-            if not recorder._active or transformed():
-                return run(*args, **kwargs)
-            if cls in recorder._mapped:
-                return recorder._call_mapped(cls, run, args)
-            return recorder._call_autograd_function(cls, run, args, kwargs)
-
-        own = [setting(lambda: recorder._active and not transformed(), recorder.let_go), without_inference_mode()]
-        own.append(deep_copies(lambda: recorder._active and not transformed()))
-        return [*own, (torch.autograd.Function, "apply", classmethod(apply)), *forward_patches(self._run_forward)]
-
     def _whole_patches(self) -> list[Patch]:
         recorder = self
 
@@ -192,10 +176,6 @@ class Recorder(Inside):
             return call
 
         return [(m, name, called(f)) for f in self.whole for m, name in bindings(f, self.code.functions)]
-
-    def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
-        return self._call_autograd_function(cls, run, args, {}) if self._active else run(*args)
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +265,8 @@ class Recorder(Inside):
         if transformed():
             return self._call_inside(func, args, kwargs)
         name = getattr(func, "__name__", "")
+        if name == "new" and (sizes := sizes_of_new(args, kwargs)) is not None:
+            func, name, args = torch.Tensor.new_empty, "new_empty", (args[0], sizes or (0,))
         if name == "__get__":
             return self._read_property(func, args)
         if name in SIZE_CALLS:
@@ -343,31 +325,6 @@ class Recorder(Inside):
             self.specialised.append(f"loop over {name} at {source_line()}")
         found: tuple[torch.Tensor, ...] = self._call_function(func, "unbind", (tensor, *dim), {})
         return found
-
-    def _call_autograd_function(
-        self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A custom autograd function stays whole, for its backward is its own; its ATen calls are on the tape."""
-        if any(map(holds_code, (*args, *kwargs.values()))):
-            # A checkpoint or a reversible block: its backward computes the gradient of what the forward runs without
-            # one, so the forward is recorded with it.
-            inlined, self._inlined = self._inlined, True
-            start = len(self.tape.ops)
-            try:
-                with self.arguments.gradients.inside_function() as result_of:
-                    out = result_of(run(*args, **kwargs))
-            finally:
-                self._inlined = inlined
-            if not cls.__module__.startswith("torch."):  # a checkpoint of torch's puts the generators back
-                self.redraws(f"the autograd function {cls.__name__}", start)
-            return out
-        self._need_values(args, kwargs)
-        start = len(self.tape.ops)
-        with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
-            out = run(*args, **kwargs)
-        mark_own_sizes(cls, args, self.tape.ops[start:])
-        node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
-        return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _call_whole(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function of tensors that finds its way itself; one that gives numbers is recorded as any other."""

@@ -102,6 +102,8 @@ def expand(op: LabelledOp) -> Labels:
         if d >= new and x.shape[d - new] == size:
             named = size == 1 and d < len(sizes) and sizes[d] == 1  # by a number that may be larger in another call
             out.append(op.fixed(1) if named else labels[d - new])
+            if op.op.call in _TAKES_SIZES and size != 1:
+                _agree(op, labels[d - new], len(op.out.shape) - d)
         else:
             out.append(_copies(op, x, size, d))
     return tuple(out)
@@ -109,6 +111,8 @@ def expand(op: LabelledOp) -> Labels:
 
 # The calls that name the expanded sizes; any other takes them from another operand.
 _NAMES_SIZES = frozenset({"expand", "broadcast_to", "repeat", "tile"})
+# Those that take all of them from their operands, which have to fit whether or not their values are read.
+_TAKES_SIZES = frozenset({"broadcast_tensors", "expand_as"})
 # In a dim that no operand has, it copies heads of the keys as often as the queries have more of them.
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -129,6 +133,13 @@ def _copies(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
             op.tie(copies, op[other][-back])
             return copies
     return op.fixed(size, "broadcast to a size that no operand tells")
+
+
+def _agree(op: LabelledOp, axis: Axis, back: int) -> None:
+    """Tie the operands' dims that are ``back`` from the right, but for those that are broadcast."""
+    for other in op.op.operands:
+        if len(other.shape) >= back and other.shape[-back] == axis.size:
+            op.tie(axis, op[other][-back])
 
 
 def _across(op: LabelledOp, x: Slot, size: int, dim: int) -> Axis:
