@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._functorch import autograd_function
+from torch.utils._pytree import tree_leaves
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.drawing import Drawing
@@ -44,7 +45,7 @@ class Applied(Drawing):
             return recorder._call_autograd_function(cls, run, args, kwargs)
 
         applies = (torch.autograd.Function, "apply", classmethod(apply))
-        return [applies, *forward_patches(self._run_forward), self._note_vmaps()]
+        return [applies, *forward_patches(self._run_forward), self._note_vmaps(), self._own_rules()]
 
     def _run_forward(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The forward of an autograd function, called by torch: ``args`` are those of ``apply``."""
@@ -72,7 +73,7 @@ class Applied(Drawing):
         with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = run(*args, **kwargs)
         mark_own_sizes(cls, args, self.tape.ops[start:])
-        node = self.graph.call_function(caller_of(cls), self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self._node("call_function", caller_of(cls), args, kwargs, start)
         return self._finish(node, out, args, kwargs, start, in_place=False)
 
     def _note_vmaps(self) -> Patch:
@@ -85,6 +86,23 @@ class Applied(Drawing):
             return out
 
         return autograd_function, original.__name__, made
+
+    def _own_rules(self) -> Patch:
+        """What a function says itself that vmap makes of it is code of the forward, which torch runs unseen."""
+        original = autograd_function.custom_function_call_vmap_helper
+
+        def helper(interpreter: Any, rule: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+            def seen(info: Any, in_dims: Any, *given: Any, **named: Any) -> Any:
+                if not self._active:
+                    return rule(info, in_dims, *given, **named)
+                mapped = zip(tree_leaves(given), tree_leaves(in_dims), strict=True)
+                tensor, dim = next((t, d) for t, d in mapped if d is not None)
+                with self:
+                    return rule(info._replace(batch_size=tensor.shape[dim]), in_dims, *given, **named)
+
+            return original(interpreter, seen, function, *args, **kwargs)
+
+        return autograd_function, original.__name__, helper
 
     def _call_mapped(self, cls: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """An autograd function that vmap made of one of the forward, with the numbers of the dims that it mapped.
@@ -105,8 +123,9 @@ class Applied(Drawing):
         for (in_dims, randomness), out_dims in zip(given, dims, strict=True):
             # With the dims of the numbers that the vmaps inside of this one gave.
             found = out_dims[: len(results)] if isinstance(out_dims, tuple) else (out_dims,)
-            if any(d is not None for d in in_dims):
-                levels.append(Level(in_dims, found if isinstance(dims[0], tuple) else found[0], randomness))
+            leaves = tuple(tree_leaves(in_dims))
+            if any(d is not None for d in leaves):
+                levels.append(Level(leaves, found if isinstance(dims[0], tuple) else found[0], randomness))
             elif any(d is not None for d in found):
                 raise CaptureError(
                     f"under torch.vmap the autograd function {function.__name__} draws other numbers for each example, "
@@ -116,8 +135,7 @@ class Applied(Drawing):
             raise CaptureError(
                 f"under torch.vmap the autograd function {function.__name__} gives something that is no tensor"
             )
-        target = caller_of(function, tuple(levels))
-        node = self.graph.call_function(target, self.arguments.to_fx(args), {})
+        node = self._node("call_function", caller_of(function, tuple(levels)), args, {}, start)
         single = not isinstance(dims[0], tuple)
         found = self._finish(node, results[0] if single else results, args, {}, start, in_place=False)
         return *((found,) if single else found), *dims

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class Arguments:
         self._numbers: dict[tuple[Any, ...], Node] = {}
         self._device_node: Node | None = None
         self._inputs: dict[Node, int] = {}
+        self._end: int | None = None
         self._kept_sizes: set[tuple[Node, int]] = set()
         self.mapped_once: list[Any] = []  # live numbers: the sizes, all 1, that a vmap ran over
         for kind, items in (("parameter", parameters), ("buffer", self.buffers)):
@@ -104,6 +105,14 @@ class Arguments:
         if isinstance(value, slice):
             return slice(self._bound(value.start), self._bound(value.stop), self._bound(value.step))
         return self._leaf_to_fx(value)
+
+    def given(self, args: Any, kwargs: Mapping[str, Any], start: int) -> tuple[Any, dict[str, Any]]:
+        """Arguments of a call as they were before it: its ATen calls, from ``start`` on, may write to them."""
+        self._end = start
+        try:
+            return self.to_fx(tuple(args)), self.to_fx(dict(kwargs))
+        finally:
+            self._end = None
 
     def _bound(self, value: Any) -> Any:
         """A bound of a slice; a tensor of one number is read as such."""
@@ -261,7 +270,7 @@ class Arguments:
 
     def _hidden(self, tensor: torch.Tensor) -> Node:
         """A tensor that no call of the torch API gave, by its ATen calls."""
-        found = recover(tensor, self.graph, self.tape, self.gradients, (self.node_of, self.to_fx))
+        found = recover(tensor, self.graph, self.tape, self.gradients, (self.node_of, self.to_fx), end=self._end)
         if found is None:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} used at {source_line()} was computed outside of the torch "

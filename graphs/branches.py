@@ -7,6 +7,7 @@ way and another after the other. Only the code that is generated knows that the 
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,26 +87,40 @@ def nested_code(graph: Graph) -> Iterator[None]:
     """Code that is generated inside the block is as :func:`python_code` gives it."""
     codegen: Any = graph._codegen
     before = codegen._body_transformer
-    nested, imports = _nested(graph), _imports(graph)
-    codegen._body_transformer = lambda body: nested(imports(body))
+    nested, reads = _nested(graph), _reads(graph)
+    codegen._body_transformer = lambda body: nested(reads(body))
     try:
         yield
     finally:
         codegen._body_transformer = before
 
 
-def _imports(graph: Graph) -> Callable[[list[str]], list[str]]:
-    """Where an argument is called ``inf``, ``torch`` or alike: what FX means by it, after the argument was read."""
-    taken = [str(n.target) for n in graph.nodes if n.op == "placeholder" and n.target in _custom_builtins]
+def _reads(graph: Graph) -> Callable[[list[str]], list[str]]:
+    """Arguments that FX gives another name are read first, since a node may have theirs.
 
-    def imports(body: list[str]) -> list[str]:
+    Where one is called ``inf``, ``torch``, ``list`` or alike, what FX means by it follows.
+    """
+    given = {n.name: str(n.target).lstrip("*") for n in graph.nodes if n.op == "placeholder"}
+    renamed = {name: argument for name, argument in given.items() if name != argument}
+    if not renamed:
+        return lambda body: body
+    functions = {name for name in renamed.values() if any(vars(builtins).get(name) is n.target for n in graph.nodes)}
+
+    def reads(body: list[str]) -> list[str]:
         text = "".join(body)
-        for name in taken:
-            read = re.compile(rf"^\w+ = {name}\b.*$", re.MULTILINE)
-            text = read.sub(rf"\g<0>\n{_custom_builtins[name].import_str}", text, count=1)
-        return [text]
+        first = []
+        for name, argument in renamed.items():
+            read = re.compile(rf"^{name} = {argument}\b.*\n", re.MULTILINE)
+            first += [found[0]] if (found := read.search(text)) else []
+            text = read.sub("", text, count=1)
+        for argument in renamed.values():
+            if argument in _custom_builtins:
+                first.append(f"{_custom_builtins[argument].import_str}\n")
+            elif argument in functions:
+                first.append(f"from builtins import {argument}\n")
+        return [*first, text]
 
-    return imports if taken else lambda body: body
+    return reads
 
 
 def _nested(graph: Graph) -> Callable[[list[str]], list[str]]:

@@ -225,7 +225,7 @@ class Drawing(Reads):
     ) -> DrawnArray:
         args, kwargs = given
         self._need_values(args, kwargs)
-        node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self._node("call_function", function, args, kwargs, start)
         node.meta["draws"] = True
         for op in self.tape.ops[start:]:
             op.whole = "the forward draws all of it"

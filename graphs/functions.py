@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 __all__ = ["Level", "caller_of", "forward_patches", "holds_code"]
 
@@ -18,9 +19,13 @@ _OF_OPERATORS = "torch._library.autograd"
 
 
 class Level(NamedTuple):
-    """A ``torch.vmap`` around an autograd function, by its arguments."""
+    """A ``torch.vmap`` around an autograd function, by its arguments.
 
-    in_dims: tuple[Any, ...]
+    Attributes:
+        in_dims: one for each leaf of what the function is applied to.
+    """
+
+    in_dims: tuple[int | None, ...]
     out_dims: Any
     randomness: str
 
@@ -37,11 +42,14 @@ def caller_of(cls: Any, levels: tuple[Level, ...] = ()) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         function = cls.apply
         for level in levels:
-            function = torch.vmap(function, level.in_dims, level.out_dims, level.randomness)
+            in_dims = tree_unflatten(level.in_dims, tree_structure(args))
+            function = torch.vmap(function, in_dims, level.out_dims, level.randomness)
         return function(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
     call.applies = cls, levels  # type: ignore[attr-defined]  # by which it is found again when a graph is unpickled
+    if levels:  # Dynamo loses the function's own backward under vmap, or can't look into it
+        torch.compiler.allow_in_graph(call)
     return call
 
 

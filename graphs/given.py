@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from chase_fx.graphs.draws import OWN_GENERATORS
-from chase_fx.graphs.hooks import HookedError, forward_hooks, keeping
+from chase_fx.graphs.hooks import HookedError, every_hook, forward_hooks, global_hooks, keeping, put_hooks, saved_hooks
 from chase_fx.graphs.live import Watchful, is_live, plain
 from chase_fx.graphs.walk import Modules
+from chase_fx.graphs.writes import writes_state
 
 __all__ = ["Given"]
 
@@ -49,7 +50,9 @@ class Given:
         self._tensors = {id(m): _tensors(m) for _, m in modules}
         self._settings: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
         self._values: dict[int, dict[str, Any]] = {}
-        self._hooks = {id(m): hooks for _, m in modules if (hooks := _hooks(m))}
+        self._hooks = {id(m): hooks for _, m in modules if (hooks := every_hook(m))}
+        self._saved_hooks = {id(m): saved_hooks(m) for _, m in modules if id(m) in self._hooks}
+        self._global_hooks = global_hooks()
         for _, module in modules:
             own = _own(module)
             copies = {name: type(value)(value) for name, value in own.items() if type(value) in _CHANGING}
@@ -63,11 +66,11 @@ class Given:
         if type(module).__call__ is not nn.Module.__call__:
             return False
         hooked = id(module) in self._keeping or (self.apart and bool(forward_hooks(module)))
-        return not hooked and self.still(module) and _hooks(module) == self._hooks.get(id(module), [])
+        return not hooked and self.still(module) and self._has_hooks(module) and global_hooks() == self._global_hooks
 
     def is_plain(self, module: nn.Module) -> bool:
-        """Whether what ``module`` holds can't change but by being replaced, which :meth:`still` sees."""
-        return all(map(_is_plain, _own(module).values()))
+        """Whether what ``module`` holds and can reach can't change but by being replaced, which :meth:`still` sees."""
+        return all(map(_is_plain, _own(module).values())) and not writes_state(module)
 
     def check_hooks(self, module: nn.Module) -> None:
         """Raises :class:`HookedError` where the hooks of ``module``, which ran unseen, changed it."""
@@ -101,6 +104,14 @@ class Given:
         found = self._settings.get(id(module))
         return None if found is None else found[1].get("training")
 
+    def _has_hooks(self, module: nn.Module) -> bool:
+        return every_hook(module) == self._hooks.get(id(module), [])
+
+    def restore_hooks(self, module: nn.Module) -> None:
+        """Give ``module`` the hooks that it had."""
+        if not self._has_hooks(module):
+            put_hooks(module, self._saved_hooks.get(id(module), {}))
+
     def restore(self, module: nn.Module) -> None:
         """Give ``module`` its settings back."""
         for name in _own(module):
@@ -120,10 +131,6 @@ def _without_mode(module: nn.Module) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> list[int]:
     return [id(t) for home in (module._parameters, module._buffers) for t in home.values()]
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return [*forward_hooks(module), *module._backward_pre_hooks.values(), *module._backward_hooks.values()]
 
 
 def _is_plain(value: Any) -> bool:

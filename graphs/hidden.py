@@ -66,15 +66,19 @@ def recover(
     tape: Tape,
     gradients: Gradients,
     values: tuple[Callable[[torch.Tensor], Node], Callable[[Any], Any]],
+    *,
+    end: int | None,
 ) -> Recovered | None:
     """Nodes for the taped calls that belong to none yet and that ``tensor`` depends on; ``None`` if they can't be.
+
+    Calls from ``end`` on are no part of it: they are those of a call that was given the tensor.
 
     They can't if a call belongs to a node that does not hand its results out (the inside of a module or of an autograd
     function), if what they read was overwritten since, or if a region of autocast began or ended since.
     """
     slot = tape.find(tensor)
-    positions = _needed(slot, tape) if slot is not None else []
-    if slot is None or not positions or _overwritten(positions, tape):
+    positions = _needed(slot, tape.ops[:end]) if slot is not None else []
+    if slot is None or not positions or _overwritten(positions, tape.ops[:end]):
         return None
     if any(tape.region(p) != tape.regions[-1][1] for p in positions):  # here torch casts otherwise
         return None
@@ -187,10 +191,10 @@ def _size(graph: Graph, x: Node, dim: int, value: int) -> Node:
     return node
 
 
-def _needed(slot: Slot, tape: Tape) -> list[int]:
+def _needed(slot: Slot, ops: list[TapedOp]) -> list[int]:
     """Positions, in order, of the calls that ``slot`` depends on and that belong to no node."""
     makers: dict[int, int] = {}
-    for position, op in enumerate(tape.ops):
+    for position, op in enumerate(ops):
         for out in op.outs:
             makers.setdefault(out.index, position)
     found: set[int] = set()
@@ -198,13 +202,13 @@ def _needed(slot: Slot, tape: Tape) -> list[int]:
     stack = [makers[slot.index]] if slot.index in makers else []
     while stack:
         position = stack.pop()
-        op = tape.ops[position]
+        op = ops[position]
         if position not in found and not op.node:
             found.add(position)
             storages.update(out.storage for out in op.outs)
             stack += [makers[s.index] for s in op.inputs() if s.index in makers]
         if not stack:
-            stack = [p for p, w in enumerate(tape.ops) if p not in found and not w.node and _writes(w) in storages]
+            stack = [p for p, w in enumerate(ops) if p not in found and not w.node and _writes(w) in storages]
     return sorted(found)
 
 
@@ -214,7 +218,7 @@ def _writes(op: TapedOp) -> int | None:
     return target.storage if target is not None and op.op._schema.is_mutable else None
 
 
-def _overwritten(positions: list[int], tape: Tape) -> bool:
+def _overwritten(positions: list[int], ops: list[TapedOp]) -> bool:
     """Whether a node has written since to what one of the calls read."""
-    last = {s.storage: p for p in positions for s in tape.ops[p].inputs()}
-    return any(op.node and p > last.get(_writes(op) or 0, p) for p, op in enumerate(tape.ops))
+    last = {s.storage: p for p in positions for s in ops[p].inputs()}
+    return any(op.node and p > last.get(_writes(op) or 0, p) for p, op in enumerate(ops))

@@ -15,14 +15,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _modules
 
 from chase_fx.errors import CaptureError
 from chase_fx.graphs.reach import REGISTRY, codes_in, is_own
 from chase_fx.graphs.walk import held_by
 
-__all__ = ["HookedError", "check_backward_hooks", "forward_hooks", "keeping"]
+__all__ = [
+    "HookedError",
+    "check_backward_hooks",
+    "every_hook",
+    "forward_hooks",
+    "global_hooks",
+    "keeping",
+    "put_hooks",
+    "saved_hooks",
+]
 
 _OWN = frozenset(vars(nn.Module()))
+_HOMES = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")) and "hooks" in name)
 _ATOMIC = (int, float, complex, str, bytes, type(None), type, torch.Tensor, types.FunctionType, types.ModuleType)
 
 
@@ -60,6 +71,30 @@ def keeping(modules: Iterable[nn.Module], functions: Iterable[types.FunctionType
 def forward_hooks(module: nn.Module) -> list[Any]:
     """What runs before and after the forward of ``module``."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def every_hook(module: nn.Module) -> list[Any]:
+    """Those of gradients too, each with its number, which no other has."""
+    forward = (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+    return [*forward, *module._backward_pre_hooks.items(), *module._backward_hooks.items()]
+
+
+def global_hooks() -> list[Any]:
+    """What runs before and after the forward of every module."""
+    return [*_modules._global_forward_pre_hooks.items(), *_modules._global_forward_hooks.items()]
+
+
+def saved_hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """The hooks of ``module``, and how they want to be called."""
+    return {name: dict(vars(module)[name]) for name in _HOMES if vars(module).get(name)}
+
+
+def put_hooks(module: nn.Module, saved: dict[str, dict[int, Any]]) -> None:
+    """Give ``module`` the hooks that :func:`saved_hooks` found, and no others."""
+    for name in _HOMES:
+        if isinstance(home := vars(module).get(name), dict):
+            home.clear()
+            home.update(saved.get(name, {}))
 
 
 def _parts(modules: list[nn.Module], functions: Iterable[types.FunctionType]) -> set[int]:

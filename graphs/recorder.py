@@ -130,6 +130,7 @@ class Recorder(Inside):
             for _, module in self.modules:
                 if not self.given.still(module) and (is_leaf(module, self.leaves) or may_be_leaf(module)):
                     self.given.restore(module)
+                self.given.restore_hooks(module)
                 module.__dict__.setdefault("training", training[id(module)])
 
     def _records(self) -> bool:
@@ -247,7 +248,7 @@ class Recorder(Inside):
         by_mode: bool,
     ) -> Any:
         args, kwargs = given
-        node = self._node("call_module", graph_path(name), args, kwargs)
+        node = self._node("call_module", graph_path(name), args, kwargs, start)
         node.meta["by_mode"] = by_mode  # in train mode it may draw
         if has_parameter(module):
             node.meta["grad"] = True
@@ -294,9 +295,9 @@ class Recorder(Inside):
         target = _MAGIC.get(name, func)
         method = _METHODS.get(id(target))
         if method is not None or isinstance(target, _DESCRIPTORS):
-            node = self._node("call_method", method or name, args, kwargs)
+            node = self._node("call_method", method or name, args, kwargs, start)
         else:
-            node = self._node("call_function", target, args, kwargs)
+            node = self._node("call_function", target, args, kwargs, start)
         in_place = is_in_place(name) or "out" in kwargs
         if name == "nonzero" and self.unroll:
             self._mask_of[node] = args[0] if args else kwargs["input"]
@@ -337,7 +338,7 @@ class Recorder(Inside):
             del self.tape.ops[start:]
             set_rng_state(rng)
             return function(*args, **kwargs)
-        node = self.graph.call_function(function, self.arguments.to_fx(args), self.arguments.to_fx(kwargs))
+        node = self._node("call_function", function, args, kwargs, start)
         node.meta["whole"] = True
         for op in self.tape.ops[start:]:
             op.whole = "inside a function that stays one call"

@@ -151,9 +151,12 @@ class Recording(TorchFunctionMode):
             ) from error
         self.arguments.keep_sizes([self.arguments.node_of(t) for t in tensors_in((args, kwargs))])
 
-    def _node(self, op: str, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Node:
-        """The call of ``target``. FX would look through arguments that it is given at once for numbers of its own."""
-        fx_args, fx_kwargs = self.arguments.to_fx(tuple(args)), self.arguments.to_fx(dict(kwargs))
+    def _node(self, op: str, target: Any, args: Any, kwargs: Mapping[str, Any], start: int) -> Node:
+        """The call of ``target``, whose ATen calls begin at ``start``.
+
+        FX would look through arguments that it is given at once for numbers of its own.
+        """
+        fx_args, fx_kwargs = self.arguments.given(args, kwargs, start)
         node = self.graph.create_node(op, target)
         node.args = fx_args
         if fx_kwargs:

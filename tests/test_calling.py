@@ -98,6 +98,47 @@ def forward(self, x, {name}=2.0):
         assert chase_fx.prune(model, (X, second)).get_submodule("a").out_features == 4
 
 
+@pytest.mark.parametrize("star", ["*", "**"])
+@pytest.mark.parametrize("name", ["inf", "torch", "list", "expect_tensor", "len"])
+def test_further_arguments_with_the_names_that_generated_code_has(star: str, name: str) -> None:
+    """These are read in the body of the generated code, where a name may mean something else already."""
+    scope: dict[str, Any] = {}
+    source = f"""
+def forward(self, x, {star}{name}):
+    y = self.a(x)
+    return self.c(y.masked_fill(y < 0, float("-inf")).clamp(min=-1) * {name}[{0 if star == "*" else "'k'"}])
+"""
+    exec(source, {}, scope)
+
+    class Model(nn.Module):
+        forward = scope["forward"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    model, second = Model().double(), torch.full((1,), 3.0, dtype=torch.float64)
+    args, kwargs = ((X, second), {}) if star == "*" else ((X,), {"k": second})
+    assert torch.equal(chase_fx.trace(model, args, kwargs)(*args, **kwargs), model(*args, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["list", "getattr", "len", "a"])
+def test_containers_with_the_names_of_functions(name: str) -> None:
+    """A graph asks for the keys of a dict by ``list``, whatever the dict is called."""
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, x, {name}):\n    return self.c(self.a(x) * {name}['k'])", {}, scope)
+
+    class Model(nn.Module):
+        forward = scope["forward"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    model, given = Model().double(), {"k": torch.full((1,), 3.0, dtype=torch.float64)}
+    assert torch.equal(chase_fx.trace(model, (X, given))(X, given), model(X, given))
+
+
 def test_hooks_of_the_model_itself() -> None:
     """Hooks on the root run in the capture and so are part of the graph."""
     model = net(lambda m, x: m.c(m.b(m.a(x)).relu()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import chase_fx
 from chase_fx.errors import CaptureError
@@ -342,8 +343,24 @@ def _replaced(m: Watched, x: Tensor) -> Tensor:
     return m.b(m.act(y - 0.1))
 
 
+def _of_every_module(m: Watched, x: Tensor) -> Tensor:
+    hook = register_module_forward_hook(lambda module, _, out: out.tanh() if module is m.act else None)
+    y = m.act(m.a(x))
+    hook.remove()
+    return m.b(m.act(y - 0.1))
+
+
+def _before_every_module(m: Watched, x: Tensor) -> Tensor:
+    hook = register_module_forward_pre_hook(lambda module, given: (given[0].tanh(),) if module is m.a else None)
+    y = m.a(x)
+    hook.remove()
+    return m.b(y + m.a(x))
+
+
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("forward", [_for_one_call, _of_a_weight, _before, _replaced])
+@pytest.mark.parametrize(
+    "forward", [_for_one_call, _of_a_weight, _before, _replaced, _of_every_module, _before_every_module]
+)
 def test_hooks_that_the_forward_registers(forward: Callable[[Any, Tensor], Tensor], train: bool) -> None:
     """They belong to the calls between, and to no other."""
     torch.manual_seed(0)
@@ -352,6 +369,19 @@ def test_hooks_that_the_forward_registers(forward: Callable[[Any, Tensor], Tenso
     for rows in (3, 5):
         x = torch.randn(rows, 4, dtype=torch.float64)
         torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_hook_that_the_forward_leaves_behind() -> None:
+    """The graph is that of a fresh model, whose layer has it only after the call."""
+
+    def left(m: Watched, x: Tensor) -> Tensor:
+        y = m.act(m.a(x))
+        m.act.register_forward_hook(_tanh)
+        return m.b(y)
+
+    model, x = Watched(left).eval(), torch.randn(3, 4)
+    for traced in (chase_fx.trace(model, x), chase_fx.trace(model, x).train()):
+        torch.testing.assert_close(traced(x), copy.deepcopy(model).train(traced.training)(x))
 
 
 def test_a_hook_that_the_forward_takes_away() -> None:

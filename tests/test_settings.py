@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import chase_fx
+from chase_fx.graphs.writes import writes_state
 from tests.oracle import assert_exact, masked_copy, randomise
 
 
@@ -167,3 +168,77 @@ def test_layers_without_weights_that_change_what_they_hold(layer: nn.Module) -> 
     torch.testing.assert_close(slim(x), masked_copy(model, slim.plan.kept_indices())(x))
     for net in (traced.train(), model.train()):
         torch.testing.assert_close(net(x), model(x))
+
+
+_TOTAL = [0]
+
+
+def _in_a_global(x: Tensor) -> Tensor:
+    _TOTAL[0] += 1
+    return x * _TOTAL[0]
+
+
+def _in_a_list(x: Tensor) -> Tensor:
+    _TOTAL.append(1)
+    return x * len(_TOTAL)
+
+
+def _in_a_class(x: Tensor) -> Tensor:
+    _Count.n += 1
+    return x * _Count.n
+
+
+def _in_itself(x: Tensor) -> Tensor:
+    _in_itself.n += 1  # type: ignore[attr-defined]
+    return x * _in_itself.n  # type: ignore[attr-defined]
+
+
+class _Counter(nn.Module):
+    """Without weights; it counts its calls somewhere else."""
+
+    def __init__(self, count: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.count(F.dropout(x, 0.3, self.training))
+
+
+@pytest.mark.parametrize("count", [_in_a_global, _in_a_list, _in_a_class, _in_itself])
+def test_layers_without_weights_that_change_what_others_hold(count: Callable[[Tensor], Tensor]) -> None:
+    """The forward begins anew in each call, and so does the graph."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.layer, self.b = nn.Linear(4, 8), _Counter(count), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _TOTAL[:], _Count.n, _in_itself.n = [0], 0, 0  # type: ignore[attr-defined]
+            return self.b(self.layer(self.layer(self.a(x))))
+
+    model, x = Net().eval(), torch.randn(3, 4)
+    traced = chase_fx.trace(model, x)
+    for train in (False, True, False):
+        torch.manual_seed(0)
+        want = model.train(train)(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(traced.train(train)(x), want)
+
+
+class _Drawing(nn.Module):
+    """Without weights; what it writes to are its own variables, its attributes and tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [x.shape[0]]
+        shape.append(1)
+        mask = torch.ones_like(x)
+        mask[torch.randint(3, (1,))] = 0
+        x[:, 0] = 1
+        self.last = 3
+        return x * mask
+
+
+def test_what_a_layer_writes_to() -> None:
+    assert not writes_state(_Drawing())
+    assert writes_state(_Counter(_in_a_global))
