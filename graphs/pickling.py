@@ -73,10 +73,16 @@ def flatten(graph: Graph) -> FlatGraph:
     index = {node: _Ref(i) for i, node in enumerate(graph.nodes)}
     return FlatGraph(
         tuple(
-            (n.name, n.op, to_plain(n.target), to_plain(n.args, index), to_plain(n.kwargs, index), dict(n.meta))
+            (n.name, n.op, to_plain(n.target), to_plain(n.args, index), to_plain(n.kwargs, index), _meta(n, index))
             for n in graph.nodes
         )
     )
+
+
+def _meta(node: Node, index: Mapping[Node, _Ref]) -> dict[str, Any]:
+    """What is known of a node; of nodes in it, those of the same graph."""
+    found = {k: index.get(v) if isinstance(v, Node) else v for k, v in node.meta.items()}
+    return {k: v for k, v in found.items() if v is not None or node.meta[k] is None}
 
 
 def restore(flat: FlatGraph) -> Graph:
@@ -85,7 +91,7 @@ def restore(flat: FlatGraph) -> Graph:
     nodes: list[Node] = []
     for name, op, target, args, kwargs, meta in flat.nodes:
         node = graph.create_node(op, from_plain(target), from_plain(args, nodes), from_plain(kwargs, nodes), name)
-        node.meta = dict(meta)
+        node.meta = {k: nodes[v.index] if isinstance(v, _Ref) else v for k, v in meta.items()}
         nodes.append(node)
     return graph
 

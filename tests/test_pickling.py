@@ -77,3 +77,23 @@ def test_round_trip(copied: Any) -> None:
         assert torch.equal(other.get_parameter("a.weight").grad, module.get_parameter("a.weight").grad)
     again = copied(traced)
     chase_fx.verify(again.eval(), chase_fx.rewrite(again, slim.plan))
+
+
+def test_numbers_that_a_slim_graph_made_of_others() -> None:
+    """Their nodes know which: these pickle as a part of the graph, not with a graph of their own."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = _Double.apply(self.a(x))
+            return self.b(y * (y.shape[1] + 1))
+
+    x = torch.randn(3, 4)
+    slim = chase_fx.prune(Model(), x)
+    assert any("grown" in node.meta for node in slim.graph.nodes)
+    copied = pickle.loads(pickle.dumps(slim))
+    assert torch.equal(copied(x), slim(x))
+    assert all(node.meta["grown"] in set(copied.graph.nodes) for node in copied.graph.nodes if "grown" in node.meta)
