@@ -142,5 +142,6 @@ class Picking(Store, ABC):
             fixed = least[start : start + atom.size] == 0
             own = place[start : start + atom.size]
             own[fixed] = before[k] + np.arange(int(fixed.sum()))
-            stays = Fixed(int(fixed.sum()), Cause(cause.node, cause.op, cause.source, "equals what stays"))
+            why = Cause(cause.node, cause.op, cause.source, "equals what stays")
+            stays = Fixed(int(fixed.sum()), why, frozen=not atom.weak)
             self._bind(atom, Picked(Cat([*parts[k], stays]), own))

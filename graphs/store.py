@@ -79,7 +79,8 @@ class Store:
 
     def _piece(self, atom: Atom, size: int, cause: Cause) -> Axis:
         if size == 1:
-            return Fixed(1, Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty"))
+            why = Cause(cause.node, cause.op, cause.source, "a slice of length 1 can't be empty")
+            return Fixed(1, why, frozen=not atom.weak)
         piece = self.atom(size, atom.owner)
         if isinstance(piece, Atom):
             piece.carrier, piece.weak = atom.carrier, atom.weak

@@ -279,3 +279,23 @@ def test_rows_that_were_put_together_with_windows_of_heads_come_apart_again() ->
     assert slim.get_parameter("out.weight").shape[1] == 6
     for inputs in (x, others):
         assert_exact(net, slim, (inputs,))
+
+
+def test_single_channels_that_stay_are_no_space() -> None:
+    """A number read from a dim of channels that are cut one by one is no size of space, at any batch size."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = torch.cat([y[..., i : i + 1].tanh() for i in range(6)], -1)
+            return self.last(self.attention(y, y, y, need_weights=False)[0])
+
+    model = Net()
+    plans = [chase_fx.analyze(chase_fx.trace(model, torch.randn(n, 5, 4))).plan(0.5) for n in (1, 2, 3)]
+    assert plans[0].new_shape("attention.out_proj.weight")[1] < 6
+    assert [list(plans[0].differences(plan)) for plan in plans[1:]] == [[], []]
