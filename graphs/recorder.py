@@ -44,7 +44,7 @@ from chase_fx.graphs.recording import CAUGHT
 from chase_fx.graphs.shadows import graph_path
 from chase_fx.graphs.source import source_line
 from chase_fx.graphs.standins import StandIns
-from chase_fx.graphs.trees import holds_tensor, only_tensors
+from chase_fx.graphs.trees import holds_tensor, map_tensors, only_tensors
 from chase_fx.graphs.whole import Function, bindings
 
 __all__ = ["Recorder"]
@@ -332,17 +332,18 @@ class Recorder(Inside):
         if not self._active:
             return function(*args, **kwargs)
         start, rng = len(self.tape.ops), get_rng_state()
+        given, named = map_tensors((args, kwargs), lambda t: t)  # lists of its own, which the function may use up
         with self.draws_itself(), self._paused(), torch._C.DisableTorchFunction():
             out = function(*args, **kwargs)
         if not only_tensors(out):
             del self.tape.ops[start:]
             set_rng_state(rng)
             return function(*args, **kwargs)
-        node = self._node("call_function", function, args, kwargs, start)
+        node = self._node("call_function", function, given, named, start)
         node.meta["whole"] = True
         for op in self.tape.ops[start:]:
             op.whole = "inside a function that stays one call"
-        return self._finish(node, out, args, kwargs, start, in_place=False)
+        return self._finish(node, out, given, named, start, in_place=False)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the body of a Python function of torch under the recorder, instead of taking it as one call."""

@@ -39,7 +39,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("recurrent.gru_cell", "other end"): _GATES,
     ("contraction.convolution", "nothing frozen"): _UNREAD,
     ("contraction.grouped_mm", "nothing frozen"): _UNREAD,
-    ("lookup.gather", "unrelated result"): "its only live axes are those of the index, which have no other use",
     ("lookup.index_put", "unrelated result"): "the result is written in place, so it keeps the axes that it had",
     ("spatial.grid_sample", "nothing tied"): "samples of a batch are no channels",
     ("spatial.grid_sample", "nothing frozen"): _UNREAD,
