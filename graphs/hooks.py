@@ -70,18 +70,21 @@ def keeping(modules: Iterable[nn.Module], functions: Iterable[types.FunctionType
 
 def forward_hooks(module: nn.Module) -> list[Any]:
     """What runs before and after the forward of ``module``."""
+    if not (module._forward_pre_hooks or module._forward_hooks):  # nearly always, and asked at every call of a layer
+        return []
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def every_hook(module: nn.Module) -> list[Any]:
     """Those of gradients too, each with its number, which no other has."""
-    forward = (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
-    return [*forward, *module._backward_pre_hooks.items(), *module._backward_hooks.items()]
+    homes = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for home in homes for hook in home.items()] if any(homes) else []
 
 
 def global_hooks() -> list[Any]:
     """What runs before and after the forward of every module."""
-    return [*_modules._global_forward_pre_hooks.items(), *_modules._global_forward_hooks.items()]
+    homes = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
+    return [hook for home in homes for hook in home.items()] if any(homes) else []
 
 
 def saved_hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
