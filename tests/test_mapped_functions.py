@@ -156,7 +156,9 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def _pair(x: Tensor) -> Tensor:
-    both: Any = lambda row, y: Pair.apply(row, y, 3)  # noqa: E731
+    def both(row: Tensor, y: Tensor) -> Any:
+        return Pair.apply(row, y, 3)
+
     first, second = torch.vmap(torch.vmap(both, (0, None)), (1, 0), (1, 0))(torch.stack((x, x * 2)), x)
     return first.sum(0) + second.sum(1)
 
